@@ -1,0 +1,248 @@
+"""Checkpoints: one Orbax step directory holds all a run needs to go on, or to be used elsewhere.
+
+    <directory>/<step>/model       params and extra      (all that evaluation and export read)
+    <directory>/<step>/optimizer   step, key, opt_state
+    <directory>/<step>/run         config.json, loader.json, tokenizer files
+
+Orbax writes under a temporary name and renames, so a step directory is whole or absent; `restore`
+says so when it finds what a killed run left. Arrays are restored onto whatever mesh is asked for.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from llm_jax.core.config import ConfigError
+from llm_jax.sharding.rules import path_name
+from llm_jax.training.config import CheckpointConfig
+from llm_jax.training.state import TrainState
+
+LOADER, CONFIG, TOKENIZER = "loader.json", "config.json", "tokenizer/"
+
+
+class CheckpointMismatch(ConfigError):
+    """The checkpoint's arrays are not the model's; the message lists the differences."""
+
+
+class CheckpointDamaged(ConfigError):
+    """A step directory that cannot be read."""
+
+
+class FolderItem:
+    """A few small files as one part of a checkpoint: Orbax's StatefulCheckpointable."""
+
+    def __init__(self, files: Mapping[str, bytes] | None = None):
+        self.files = dict(files or {})
+
+    async def save(self, directory):
+        async def write():
+            target = await directory.await_creation()
+            if jax.process_index() == 0:
+                for name, content in self.files.items():
+                    (target / name).parent.mkdir(parents=True, exist_ok=True)
+                    (target / name).write_bytes(content)
+
+        return write()
+
+    async def load(self, directory):
+        async def read():
+            self.files = read_folder(Path(directory))
+
+        return read()
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path inside it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+    """What a checkpoint keeps beside the arrays.
+
+    config: the resolved config as plain dicts; loader: the loader's state; tokenizer: its files.
+    """
+
+    config: dict[str, Any]
+    loader: dict[str, Any]
+    tokenizer: dict[str, bytes]
+
+    def to_files(self) -> dict[str, bytes]:
+        files = {TOKENIZER + name: content for name, content in self.tokenizer.items()}
+        for name, value in ((CONFIG, self.config), (LOADER, self.loader)):
+            files[name] = json.dumps(value, indent=1).encode()
+        return files
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> "RunFiles":
+        tokenizer = {
+            name.removeprefix(TOKENIZER): content
+            for name, content in files.items()
+            if name.startswith(TOKENIZER)
+        }
+        return cls(json.loads(files[CONFIG]), json.loads(files[LOADER]), tokenizer)
+
+
+class Checkpointer:
+    """Saves in the background and restores strictly."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig | None = None,
+        *,
+        say: Callable[[str], None] = print,
+    ):
+        """config None: read only."""
+        self.directory, self.config, self._say = Path(directory).absolute(), config, say
+        policies = ocp.training.preservation_policies
+        keep = None
+        if config is not None:
+            self._report_leftovers()
+            keep = policies.AnyPreservationPolicy(
+                [policies.LatestN(config.keep_last)]
+                + ([policies.EveryNSteps(config.keep_every)] if config.keep_every else [])
+            )
+        elif not self.directory.is_dir():
+            raise ConfigError(f"no checkpoints at {self.directory}: train first, or check --workdir")
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=keep,
+            cleanup_tmp_directories=config is not None,
+        )
+
+    def _report_leftovers(self) -> None:
+        for path in sorted(self.directory.glob("*.orbax-checkpoint-tmp*")):
+            self._say(
+                f"checkpoint of step {path.name.partition('.')[0]} was not finished: "
+                "it is removed, and the one before it is used"
+            )
+
+    def steps(self) -> list[int]:
+        return [c.step for c in self._orbax.checkpoints]
+
+    def save(self, step: int, state: TrainState, run: RunFiles) -> None:
+        """Copies the state off the devices and writes it in the background.
+
+        Waits for the save before it, and raises what went wrong there.
+        """
+        self.wait()
+        items = {
+            "model": {"params": state.params, "extra": state.extra},
+            "optimizer": {"step": state.step, "key": state.key, "opt_state": state.opt_state},
+            "run": FolderItem(run.to_files()),
+        }
+        self._orbax.save_checkpointables_async(step, items, force=True)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        self._orbax.wait()
+
+    def close(self) -> None:
+        self._orbax.close()
+
+    def restore_latest(
+        self, abstract: TrainState, shardings: TrainState
+    ) -> tuple[TrainState, RunFiles] | None:
+        """The newest readable checkpoint, or None when there is none.
+
+        A damaged one is moved aside to `<step>.damaged` and the one before it is tried.
+
+        Raises:
+          CheckpointMismatch: the checkpoint is of another model.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self.restore(step, abstract, shardings)
+            except CheckpointDamaged as error:
+                self._say(f"{error}; the one before it is used")
+                self._set_aside(step)
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        folder = self.directory / str(step)
+        if jax.process_index() == 0:
+            folder.rename(folder.with_name(f"{step}.damaged"))
+        ocp.multihost.sync_global_processes(f"set_aside_{step}")
+        self._orbax.reload()
+
+    def restore(
+        self, step: int, abstract: TrainState, shardings: TrainState
+    ) -> tuple[TrainState, RunFiles]:
+        """State and files of one step, with arrays placed by `shardings`.
+
+        Raises:
+          CheckpointMismatch: names what is missing, extra or misshapen.
+          CheckpointDamaged: the directory cannot be read.
+        """
+        placed = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        wanted = {
+            "model": {"params": placed.params, "extra": placed.extra},
+            "optimizer": {"step": placed.step, "key": placed.key, "opt_state": placed.opt_state},
+        }
+        out = self._load(step, wanted)
+        state = TrainState(**out["model"], **out["optimizer"])
+        return state, RunFiles.from_files(out["run"].files)
+
+    def restore_params(
+        self, step: int, abstract: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """`{"params", "extra"}` of one step; abstract leaves carry the shardings."""
+        return self._load(step, {"model": dict(abstract)})["model"]
+
+    def run_files(self, step: int) -> RunFiles:
+        """Config, loader state and tokenizer, without reading arrays."""
+        try:
+            return RunFiles.from_files(read_folder(self.directory / str(step) / "run"))
+        except (OSError, KeyError, ValueError) as error:
+            raise CheckpointDamaged(self._damaged(step, error)) from None
+
+    def _damaged(self, step: int, error: Exception) -> str:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return f"checkpoint {self.directory / str(step)} cannot be read ({reason})"
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        folder = self.directory / str(step)
+        for part, tree in wanted.items():
+            try:
+                found = ocp.metadata(folder, part).metadata
+            except Exception as error:
+                raise CheckpointDamaged(self._damaged(step, error)) from None
+            differences = tree_differences(tree, found)
+            if differences:
+                raise CheckpointMismatch(
+                    f"checkpoint {folder} does not fit the model: " + "; ".join(differences)
+                )
+        try:
+            with warnings.catch_warnings():
+                # Orbax warns that scalars carry no sharding of their own.
+                warnings.simplefilter("ignore", UserWarning)
+                return self._orbax.load_checkpointables(step, {**wanted, "run": FolderItem()})
+        except Exception as error:
+            raise CheckpointDamaged(self._damaged(step, error)) from None
+
+
+def tree_differences(wanted: Any, found: Any, limit: int = 8) -> list[str]:
+    """`missing`, `extra` and `shape` lines between two trees of arrays, at most `limit` + 1."""
+    shapes = [
+        {path_name(path): getattr(leaf, "shape", ()) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (wanted, found))
+    ]
+    mine, theirs = shapes
+    lines = [f"missing {name} {mine[name]}" for name in mine if name not in theirs]
+    lines += [f"extra {name} {theirs[name]}" for name in theirs if name not in mine]
+    lines += [
+        f"shape of {name} is {theirs[name]}, not {mine[name]}"
+        for name in mine
+        if name in theirs and tuple(mine[name]) != tuple(theirs[name])
+    ]
+    return lines[:limit] + ([f"and {len(lines) - limit} more"] if len(lines) > limit else [])

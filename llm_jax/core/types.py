@@ -1,0 +1,137 @@
+"""The few types that every layer shares: batches, model outputs, losses and the protocols.
+
+Reserved batch keys, all host arrays of a batch have the global batch size B as first dimension:
+
+| key            | shape          | dtype   | meaning                                                       |
+|----------------|----------------|---------|---------------------------------------------------------------|
+| tokens         | [B, T]         | int32   | input token ids                                               |
+| targets        | [B, T]         | int32   | the id to predict at each position                            |
+| loss_weights   | [B, T]         | float32 | 0 where a position has no target (padding, document borders)  |
+| segment_ids    | [B, T]         | int32   | 1, 2, ... one per packed document; 0 is padding               |
+| positions      | [B, T]         | int32   | position inside the document, from 0                          |
+| encoder_tokens | [B, S]         | int32   | input of an encoder                                           |
+| images         | [B, Y, X, C]   | float32 | pixels in 0..1                                                |
+| labels         | [B]            | int32   | class of a whole example                                      |
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Batch = Mapping[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelOutput:
+    """What every model returns.
+
+    logits:   [B, T, V] float32, or None where the model stops at `hidden`.
+    hidden:   [B, T, D] in the compute dtype, after the final norm.
+    cache:    the advanced generation cache, if one was given.
+    aux_loss: scalar added to the objective's loss (router losses).
+    captured: tensors asked for by `capture=(name, ...)`.
+    """
+
+    logits: jax.Array | None
+    hidden: jax.Array | None = None
+    cache: Any = None
+    aux_loss: jax.Array | float = 0.0
+    captured: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+class Weighted(NamedTuple):
+    """A sum and its weight: adding two of them is exact, under accumulation and sharding alike."""
+
+    sum: jax.Array
+    weight: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        return self.sum / jnp.maximum(self.weight, 1e-9)
+
+
+class LossOutput(NamedTuple):
+    loss: Weighted
+    metrics: dict[str, Weighted]
+
+
+class Source(Protocol):
+    """Documents by index, hence shuffled globally and resumed exactly.
+
+    `source[i]` is a dict with at least "text": str or bytes. An index is stable for the life of the
+    underlying files. The document's name, if it has one, is under "name".
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    `bos_id` starts every document and `eos_id` ends it; they may be the same id (GPT-2), which then
+    stands once between documents. `encode` never yields either of them from plain text.
+    `decode(encode(text)) == text` for every str without lone surrogates.
+    """
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of these ids; a lone piece of a UTF-8 character stays as it is."""
+
+    def id_to_piece(self, token_id: int) -> str:
+        """How to show one token to a person."""
+
+    def save(self, directory: Path) -> None:
+        """Writes the files `load_tokenizer(directory)` needs."""
+
+
+class Model(Protocol):
+    """The same call for every family; an nnx.Module."""
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        train: bool = False,
+        key: jax.Array | None = None,
+        cache: Any = None,
+        capture: tuple[str, ...] = (),
+    ) -> ModelOutput: ...
+
+
+class Objective(Protocol):
+    """A task: how its examples are made on the host, and its loss on the device."""
+
+    def row_length(self, sequence_length: int) -> int:
+        """Tokens of packed text that one row of `sequence_length` positions needs."""
+
+    def transforms(self, tokenizer: Tokenizer) -> list:
+        """Grain transformations from {"rows", "row_ids"} to the reserved keys, a batch at a time.
+
+        rows: [B, row_length] int32, -1 where a row ended early; row_ids: [B] int64, the rows'
+        numbers in the run, from which any randomness is seeded.
+        """
+
+    def batch_spec(
+        self, batch_size: int, sequence_length: int
+    ) -> dict[str, jax.ShapeDtypeStruct]: ...
+
+    def loss(
+        self, model: Model, batch: Batch, *, key: jax.Array | None, train: bool
+    ) -> LossOutput: ...

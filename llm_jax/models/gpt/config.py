@@ -1,0 +1,85 @@
+"""GPT-2, Llama and what lies between them: values of one config."""
+
+import dataclasses
+from typing import Literal
+
+from llm_jax.nn.attention import AttentionConfig
+from llm_jax.nn.mlp import MlpConfig
+from llm_jax.nn.norm import NormConfig
+from llm_jax.nn.remat import RematPolicy
+from llm_jax.nn.rope import RopeConfig, RopeScaling
+from llm_jax.nn.transformer import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A causal decoder. The defaults are Llama's choices; GPT-2's are in configs/gpt2_124m.py."""
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None  # num_heads
+    head_dim: int | None = None  # embed_dim / num_heads
+    mlp_dim: int | None = None  # 4 embed_dim, or 8/3 of it, rounded up to 64, when gated
+    max_length: int = 2048
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_epsilon: float = 1e-5
+    norm_bias: bool = False
+    position: Literal["rotary", "learned", "none"] = "rotary"
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"] = "silu"
+    gated: bool = True
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    dropout: float = 0.0
+    remat: RematPolicy = "none"
+    init_stddev: float = 0.02
+    name: str = "gpt"
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            if self.embed_dim % self.num_heads:
+                raise ValueError(
+                    f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}: "
+                    "set head_dim, or choose a divisor"
+                )
+            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.mlp_dim is None:
+            wanted = self.embed_dim * 8 / 3 if self.gated else self.embed_dim * 4
+            object.__setattr__(self, "mlp_dim", 64 * -(-int(wanted) // 64))
+        if self.position == "rotary" and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even for rotary positions")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
+        self.transformer()  # its own checks, at parse time
+
+    def transformer(self) -> TransformerConfig:
+        norm = NormConfig(self.norm, self.norm_epsilon, self.norm_bias)
+        rope = None
+        if self.position == "rotary":
+            rope = RopeConfig(self.rope_theta, self.rope_scaling)
+        return TransformerConfig(
+            embed_dim=self.embed_dim,
+            num_layers=self.num_layers,
+            attention=AttentionConfig(
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                bias=self.attention_bias,
+                out_bias=self.attention_out_bias,
+                qk_norm=NormConfig("rmsnorm", self.norm_epsilon) if self.qk_norm else None,
+            ),
+            mlp=MlpConfig(self.mlp_dim, self.activation, self.gated, self.mlp_bias),
+            norm=norm,
+            rope=rope,
+            dropout=self.dropout,
+            remat=self.remat,
+            init_stddev=self.init_stddev,
+        )

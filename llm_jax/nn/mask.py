@@ -1,0 +1,37 @@
+"""Which query may see which key: one rule for training, packing and cached decoding.
+
+A query sees a key of its own segment that does not lie after it. Positions restart in every
+document, so the rule needs no index into the row and holds unchanged when the keys come from a
+cache. Segment 0 is padding: it sees itself only, which keeps its softmax finite.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where tokens stand. segment_ids, positions: [B, T] int32."""
+
+    segment_ids: jax.Array
+    positions: jax.Array
+
+    @classmethod
+    def of(cls, tokens: jax.Array, segment_ids=None, positions=None) -> "Places":
+        """What the batch gives, or one document per row."""
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return cls(segment_ids, positions)
+
+
+def attention_mask(queries: Places, keys: Places, *, causal: bool) -> jax.Array:
+    """True where a query sees a key: [B, T, S] bool for places of [B, T] and [B, S]."""
+    mask = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+    if causal:
+        mask &= queries.positions[:, :, None] >= keys.positions[:, None, :]
+    return mask

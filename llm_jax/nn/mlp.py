@@ -1,0 +1,65 @@
+"""The feed-forward half of a block: plain (GELU) or gated (SwiGLU, Shazeer 2020)."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from llm_jax.core.param import Initializer, param, zeros
+from llm_jax.nn.precision import Precision
+from llm_jax.sharding.rules import constrain
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jax.numpy.square(jax.nn.relu(x)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpConfig:
+    mlp_dim: int
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"] = "silu"
+    gated: bool = True
+    bias: bool = False
+
+
+class Mlp(nnx.Module):
+    """[B, T, D] to [B, T, D]."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        config: MlpConfig,
+        *,
+        init: Initializer,
+        out_init: Initializer,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.precision = config, precision
+        into, out = (embed_dim, config.mlp_dim), (config.mlp_dim, embed_dim)
+        self.up = param(rngs, into, ("embed", "mlp"), init)
+        self.down = param(rngs, out, ("mlp", "embed"), out_init)
+        if config.gated:
+            self.gate = param(rngs, into, ("embed", "mlp"), init)
+        if config.bias:
+            self.up_bias = param(rngs, (config.mlp_dim,), ("mlp",), zeros)
+            self.down_bias = param(rngs, (embed_dim,), ("embed",), zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config, p = self.config, self.precision
+        activation = ACTIVATIONS[config.activation]
+        h = p.einsum("btd,df->btf", x, self.up[...])
+        if config.bias:
+            h = h + p.cast(self.up_bias[...])
+        if config.gated:
+            h = activation(p.einsum("btd,df->btf", x, self.gate[...])) * h
+        else:
+            h = activation(h)
+        h = constrain(h, "batch", "length", "mlp")
+        y = p.einsum("btf,fd->btd", h, self.down[...])
+        return y + p.cast(self.down_bias[...]) if config.bias else y

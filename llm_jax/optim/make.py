@@ -1,0 +1,115 @@
+"""Optimizers from Optax, put together from one config section."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llm_jax.sharding.rules import LogicalAxes, path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """name: "adamw", "lion", "adafactor", or "muon" (matrices by Muon, the rest by AdamW).
+
+    weight_decay acts on matrices, not on biases and norm scales. clip_norm bounds the global norm
+    of the gradient. beta1 is the momentum of all but adafactor; momentum_dtype stores it in fewer
+    bits. Lion wants about a third of AdamW's learning rate and three times its weight decay.
+    """
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for field in ("beta1", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"optimizer.{field} = {getattr(self, field)} must lie in [0, 1)")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"optimizer.clip_norm = {self.clip_norm} must be positive, or None")
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, axes: Any
+) -> optax.GradientTransformation:
+    """The transformation of gradients to updates, clipping included.
+
+    Args:
+      axes: tree of LogicalAxes of the parameters; tells matrices from biases in stacked layers.
+    """
+    decay_mask = jax.tree_util.tree_map_with_path(is_decayed, axes)
+    mask = lambda _: decay_mask  # noqa: E731  a function, since Optax would walk into a tree
+    dtype = jnp.dtype(config.momentum_dtype)
+    decay, beta1, beta2 = config.weight_decay, config.beta1, config.beta2
+    make = {
+        "adamw": lambda: optax.adamw(
+            schedule, beta1, beta2, config.epsilon, mu_dtype=dtype, weight_decay=decay, mask=mask
+        ),
+        "lion": lambda: optax.lion(
+            schedule, beta1, beta2, mu_dtype=dtype, weight_decay=decay, mask=mask
+        ),
+        "adafactor": lambda: _adafactor(config, schedule, mask),
+        "muon": lambda: _muon(config, schedule, axes, mask),
+    }[config.name]
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    return optax.chain(*clip, make())
+
+
+def is_decayed(path: tuple, axes: LogicalAxes) -> bool:
+    """Whether weight decay acts on a parameter: matrices and embeddings, not biases and scales."""
+    leaf = path_name(path).rpartition(".")[2]
+    return leaf != "scale" and not leaf.endswith("bias") and len(axes.names) > 1
+
+
+def _adafactor(config, schedule, mask):
+    # Optax's alias multiplies the decay by no learning rate; this chain treats it as AdamW does.
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _muon(config, schedule, axes, mask):
+    """Muon (Jordan et al. 2024) at the RMS of Adam's updates (Liu et al. 2025, section 2.2).
+
+    With equal RMS, one learning rate serves matrices and the rest.
+    """
+    return optax.contrib.muon(
+        schedule,
+        beta=0.95,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=mask,
+        mu_dtype=jnp.dtype(config.momentum_dtype),
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        muon_weight_dimension_numbers=jax.tree_util.tree_map_with_path(
+            muon_dimensions, axes
+        ),
+        consistent_rms=0.2,
+    )
+
+
+def muon_dimensions(path: tuple, axes: LogicalAxes) -> optax.contrib.MuonDimensionNumbers | None:
+    """How Muon sees a parameter as a matrix from or to the embedding; None: not by Muon.
+
+    Embeddings and the head map tokens, not features, and stay with Adam (Jordan et al. 2024).
+    """
+    names = axes.names
+    if not is_decayed(path, axes) or "embed" not in names or {"vocab", "position"} & set(names):
+        return None
+    features = [i for i, name in enumerate(names) if name != "layers"]
+    embed = (names.index("embed"),)
+    others = tuple(i for i in features if i not in embed)
+    if not others:
+        return None
+    into_embed = features[-1] == embed[0]
+    reduction, output = (others, embed) if into_embed else (embed, others)
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=reduction, output_axis=output)

@@ -1,0 +1,58 @@
+"""Learning rate by step: warm-up, then cosine, linear, constant, or warm-up-stable-decay."""
+
+import dataclasses
+from typing import Literal
+
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """learning_rate: the peak, reached after `warmup_steps`.
+
+    decay_steps: length of the decay at the end, for "wsd" only (Hu et al. 2024, MiniCPM).
+    final_fraction: where the decay ends, as a share of the peak.
+    """
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    final_fraction: float = 0.1
+
+    def __post_init__(self):
+        if self.warmup_steps < 0:
+            raise ValueError(f"schedule.warmup_steps {self.warmup_steps} must not be negative")
+        if (self.name == "wsd") != (self.decay_steps is not None):
+            raise ValueError(
+                f"schedule.decay_steps = {self.decay_steps} with schedule.name = {self.name!r}: "
+                "'wsd' needs it, the others decay until the last step"
+            )
+
+
+def make_schedule(config: ScheduleConfig, num_steps: int) -> optax.Schedule:
+    """step -> learning rate, for a run of `num_steps`.
+
+    Raises:
+      ValueError: warm-up and decay are longer than the run.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    decay = config.decay_steps or 0
+    if config.warmup_steps + decay > num_steps:
+        raise ValueError(
+            f"schedule.warmup_steps {config.warmup_steps} + decay_steps {decay} exceed "
+            f"train.num_steps {num_steps}"
+        )
+    rest = max(num_steps - config.warmup_steps, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final_fraction),
+        "linear": lambda: optax.linear_schedule(peak, final, rest),
+        "wsd": lambda: optax.linear_schedule(peak, final, decay, rest - decay),
+    }[config.name]()
+    if not config.warmup_steps:
+        return after
+    # From one step's worth rather than from zero: the first step must not be wasted.
+    first = peak / (config.warmup_steps + 1)
+    warmup = optax.linear_schedule(first, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])

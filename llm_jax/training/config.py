@@ -1,0 +1,136 @@
+"""The sections of an experiment, parsed."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from llm_jax.core.config import ConfigError, parse, parse_component, nearest
+from llm_jax.data.pipeline import DataConfig, resolve_data
+from llm_jax.nn.precision import ComputeDtype
+from llm_jax.optim.make import OptimizerConfig
+from llm_jax.optim.schedule import ScheduleConfig
+from llm_jax.sharding.mesh import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """batch_size: rows of the global batch, over all devices and microbatches.
+
+    accumulate_steps: microbatches one optimizer step sums over, each batch_size / accumulate_steps
+    rows; the result equals one big batch. log_every: steps between two records of the metrics.
+    """
+
+    num_steps: int
+    batch_size: int
+    accumulate_steps: int = 1
+    log_every: int = 10
+    seed: int = 0
+    compute_dtype: ComputeDtype = "bfloat16"
+
+    def __post_init__(self):
+        for field in ("num_steps", "batch_size", "accumulate_steps", "log_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"train.{field} = {getattr(self, field)} must be at least 1")
+        if self.batch_size % self.accumulate_steps:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} is not a multiple of "
+                f"train.accumulate_steps {self.accumulate_steps}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """save_every: steps between checkpoints; the last step is always saved.
+
+    keep_last: newest checkpoints kept; keep_every: besides those, every multiple of so many steps.
+    """
+
+    save_every: int = 1000
+    keep_last: int = 3
+    keep_every: int | None = None
+
+    def __post_init__(self):
+        for field in ("save_every", "keep_last"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"checkpoint.{field} = {getattr(self, field)} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss during training and after it.
+
+    every: steps between evaluations, None for only one at the end. max_batches: bounds each of the
+    evaluations on the way; the last one reads everything. context: tokens a document's window
+    shares with the one before it, so that few tokens are predicted without context.
+    """
+
+    every: int | None = None
+    batch_size: int = 8
+    max_batches: int | None = 16
+    context: int | None = None
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """An experiment. `model` and `objective` are the Config of the component they name."""
+
+    model: Any
+    objective: Any
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    mesh: MeshConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    eval: EvalConfig
+
+
+def resolve(config: Mapping) -> RunConfig:
+    """Parses every section; checks what joins them.
+
+    Raises:
+      ConfigError: an unknown section or key, a value of the wrong type, sections that disagree.
+    """
+    fields = {f.name: f.type for f in dataclasses.fields(RunConfig)}
+    for name in config:
+        if name not in fields:
+            raise ConfigError(
+                f"config.{name}: unknown section{nearest(name, fields)}; "
+                f"sections: {', '.join(fields)}"
+            )
+    for name in ("model", "data", "train"):
+        if name not in config:
+            raise ConfigError(f"config.{name} is missing: every experiment needs it")
+    objective = config.get("objective") or {"name": "causal_lm"}
+    plain = {
+        name: parse(cls, config.get(name), f"config.{name}")
+        for name, cls in fields.items()
+        if name not in ("model", "objective", "data")
+    }
+    run = RunConfig(
+        model=parse_component("models", config["model"], "config.model"),
+        objective=parse_component("objectives", objective, "config.objective"),
+        data=resolve_data(config["data"]),
+        **plain,
+    )
+    _check_joint(run)
+    return run
+
+
+def _check_joint(run: RunConfig) -> None:
+    length, limit = run.data.sequence_length, getattr(run.model, "max_length", None)
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"config.data.sequence_length {length} exceeds config.model.max_length {limit}"
+        )
+
+
+def check_vocabulary(run: RunConfig, tokenizer_size: int) -> None:
+    """Raises ConfigError when token ids would fall outside the model's embedding."""
+    if tokenizer_size > run.model.vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size {run.model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer_size}: set it to at least {tokenizer_size}"
+        )
