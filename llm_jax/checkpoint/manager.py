@@ -111,7 +111,9 @@ class Checkpointer:
                 + ([policies.EveryNSteps(config.keep_every)] if config.keep_every else [])
             )
         elif not self.directory.is_dir():
-            raise ConfigError(f"no checkpoints at {self.directory}: train first, or check --workdir")
+            raise ConfigError(
+                f"no checkpoints at {self.directory}: train first, or check --workdir"
+            )
         self._orbax = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=keep,
@@ -193,9 +195,7 @@ class Checkpointer:
         state = TrainState(**out["model"], **out["optimizer"])
         return state, RunFiles.from_files(out["run"].files)
 
-    def restore_params(
-        self, step: int, abstract: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
+    def restore_params(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
         """`{"params", "extra"}` of one step; abstract leaves carry the shardings."""
         return self._load(step, {"model": dict(abstract)})["model"]
 

@@ -71,7 +71,7 @@ class NpyWriter(AtomicFile):
 
 def write_json(path: Path, value: Any) -> None:
     with AtomicFile(path) as target:
-        target.file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        target.file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def remove_leftovers(folder: Path) -> None:

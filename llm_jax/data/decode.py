@@ -15,13 +15,13 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 def decode(raw: bytes, name: str, policy: Undecodable, head: bytes | None = None) -> dict:
     """A source's record from a document's bytes.
 
-    UTF-8 first; then, for a `.py` file, the coding that its first two lines declare (PEP 263).
+    UTF-8 first; then, for a Python file, the coding that its first two lines declare (PEP 263).
 
     Args:
       name: the document's name, for the record and for messages.
       policy: what becomes of bytes that have no meaning: each is replaced by U+FFFD, or the document
         is left out, or a ConfigError is raised.
-      head: the first two lines of the file, where `raw` is a later piece of it.
+      head: the beginning of the Python file that `raw` is a piece of; None for other files.
 
     Returns:
       {"text", "name"} and, where bytes had no meaning, "undecodable": how many.
@@ -30,10 +30,8 @@ def decode(raw: bytes, name: str, policy: Undecodable, head: bytes | None = None
         return {"text": raw.decode("utf-8"), "name": name}
     except UnicodeDecodeError:
         pass
-    if ".py" in name:
-        text = _decode_declared(raw, raw if head is None else head)
-        if text is not None:
-            return {"text": text, "name": name}
+    if head is not None and (text := _decode_declared(raw, head)) is not None:
+        return {"text": text, "name": name}
     return replace_surrogates(raw.decode("utf-8", "surrogateescape"), name, policy)
 
 

@@ -4,6 +4,7 @@ Local files are read with `pread`, without a shared position, so threads need no
 (`gs://`, `s3://`, `memory://`) go through fsspec. What is kept per file is its name and its size.
 """
 
+import dataclasses
 import fnmatch
 import functools
 import glob
@@ -81,23 +82,31 @@ def find_files(path: str, suffixes: Sequence[str] = (), exclude: Sequence[str] =
     Raises:
       ConfigError: nothing is there, or nothing matches.
     """
-    if "://" in path:
-        root, found, filesystem = _find_remote(path)
-    else:
-        root, found, filesystem = *_find_local(os.path.expanduser(path), exclude), None
-    if not found:
+    search = _search_remote(path) if "://" in path else _search_local(path, exclude)
+    if not search.found:
         raise ConfigError(f"data: no file at {path!r}")
-    is_search = set(found) != {os.path.basename(path)}
-    kept = {
-        name: size
-        for name, size in found.items()
-        if (not is_search or _is_glob(path) or not suffixes or name.endswith(tuple(suffixes)))
-        and not is_excluded(name, exclude)
-    }
+    kept = {n: size for n, size in search.found.items() if not is_excluded(n, exclude)}
     if not kept:
-        kind = f"none of its {len(found)} files ends in {', '.join(suffixes)}" if suffixes else ""
-        raise ConfigError(f"data: {path!r}: {kind or 'all its files are excluded'}")
-    return FileSet(root, kept, filesystem)
+        raise ConfigError(f"data: {path!r}: all its {len(search.found)} files are excluded")
+    if search.is_folder and suffixes:
+        kept = {n: size for n, size in kept.items() if n.endswith(tuple(suffixes))}
+    if not kept:
+        endings = ", ".join(suffixes)
+        raise ConfigError(
+            f"data: {path!r}: none of its {len(search.found)} files ends in {endings}; name others by "
+            "a glob or by suffixes"
+        )
+    return FileSet(search.root, kept, search.filesystem)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """found: sizes in bytes by name relative to `root`."""
+
+    root: str
+    found: dict[str, int]
+    is_folder: bool = False
+    filesystem: Any = None
 
 
 def is_excluded(name: str, patterns: Sequence[str]) -> bool:
@@ -114,19 +123,20 @@ def _is_glob(path: str) -> bool:
     return glob.has_magic(path)
 
 
-def _find_local(path: str, exclude: Sequence[str]) -> tuple[str, dict[str, int]]:
+def _search_local(path: str, exclude: Sequence[str]) -> _Search:
+    path = os.path.expanduser(path)
     if os.path.isfile(path):
-        return os.path.dirname(path), {os.path.basename(path): os.path.getsize(path)}
+        return _Search(os.path.dirname(path), {os.path.basename(path): os.path.getsize(path)})
     if os.path.isdir(path):
-        return path, dict(_walk(path, exclude))
+        return _Search(path, dict(_walk(path, exclude)), is_folder=True)
     if not _is_glob(path):
         raise ConfigError(f"data: no file or folder at {path!r}")
     parts = Path(path).parts
     fixed = next(i for i, part in enumerate(parts) if _is_glob(part))
     root = str(Path(*parts[:fixed])) if fixed else "."
     names = glob.glob(os.path.join(*parts[fixed:]), root_dir=root, recursive=True)
-    files = ((name, os.path.join(root, name)) for name in names)
-    return root, {n.replace(os.sep, "/"): os.path.getsize(p) for n, p in files if os.path.isfile(p)}
+    files = [(name.replace(os.sep, "/"), os.path.join(root, name)) for name in names]
+    return _Search(root, {n: os.path.getsize(p) for n, p in files if os.path.isfile(p)})
 
 
 def _walk(root: str, exclude: Sequence[str]):
@@ -142,25 +152,26 @@ def _walk(root: str, exclude: Sequence[str]):
                 yield prefix + name, os.path.getsize(path)
 
 
-def _find_remote(url: str) -> tuple[str, dict[str, int], Any]:
+def _search_remote(url: str) -> _Search:
     fsspec = importlib.import_module("fsspec.core")
     try:
         filesystem, path = fsspec.url_to_fs(url)
     except ImportError as error:
-        extra = "gcs" if url.startswith(("gs:", "gcs:")) else None
-        hint = f'pip install "llm_jax[{extra}]"' if extra else str(error)
+        hint = 'pip install "llm_jax[gcs]"' if url.startswith(("gs:", "gcs:")) else str(error)
         raise ConfigError(f"data: {url!r} needs a package: {hint}") from None
+    is_folder = False
     if _is_glob(path):
         found = filesystem.glob(path, detail=True)
-        root = path[: path.index(next(c for c in path if c in "*?["))].rpartition("/")[0]
+        root = path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
     elif filesystem.isfile(path):
         found = {path: filesystem.info(path)}
         root = path.rpartition("/")[0]
     else:
         found = filesystem.find(path, detail=True)
-        root = path.rstrip("/")
+        root, is_folder = path.rstrip("/"), True
     sizes = {p: info["size"] for p, info in found.items() if info["type"] == "file"}
-    return root, {p[len(root) :].lstrip("/"): size for p, size in sizes.items()}, filesystem
+    names = {p[len(root) :].lstrip("/"): size for p, size in sizes.items()}
+    return _Search(root, names, is_folder, filesystem)
 
 
 class OpenFiles:

@@ -18,9 +18,11 @@ from collections.abc import Sequence
 import numpy as np
 
 MAX_BUCKETS = 500
+SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 MAX_DOTS = 60  # more points than this are a line without dots
 WIDTH, HEIGHT = 1000, 300  # of the stretched drawing, in its own units
-SMOOTHED_FRACTION = 0.03  # of a series' length, the window of its moving average
+SMOOTHED_FRACTION = 0.04  # of a series' length, the window of its moving average
+MIN_LOG_RATIO = 3  # of the highest to the lowest value, below which a log axis shows nothing new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,30 +45,36 @@ class Buckets:
     per_bucket: int
 
 
-def line_chart(title: str, series: Sequence[Series], *, marks: Sequence[float] = ()) -> str:
+def line_chart(
+    title: str, series: Sequence[Series], *, marks: Sequence[float] = (), wide: bool = False
+) -> str:
     """A figure with one line per series.
 
     Args:
-      series: at least one, each with at least one point; the first is the one that is smoothed.
+      series: at least one, each with at least one point.
       marks: steps where the run was resumed, drawn as dashed rules.
+      wide: over the whole page, on a log axis at first, with a note on how to read it.
     """
     buckets = [bucketize(s) for s in series]
     first, last = _span([b.steps for b in buckets], pad=0.0)
     x_of = _Scale(first, last, log=False)
     views = [_view("linear", buckets, x_of, marks)]
-    has_log = any((b.low > 0).any() for b in buckets)
-    if has_log:
+    low, high = _positive_span(buckets)
+    if high / low > MIN_LOG_RATIO:
         views.append(_view("log", buckets, x_of, marks))
-    smooths = len(buckets[0].steps) > MAX_DOTS
-    notes = _notes(series, buckets, marks)
+    switch = _log_switch(checked=wide) if len(views) > 1 else ""
+    notes = _losses(series) + (_reading(buckets, marks) if wide else [])
+    note = f'<p class="note">{html.escape("; ".join(notes))}.</p>' if notes else ""
+    places = ticks(first, last, 5)
     x_ticks = "".join(
-        f'<span style="left:{x_of(t):.2%}">{compact(t)}</span>' for t in ticks(first, last, 5)
+        f'<span style="left:{x_of(place):.2%}">{label}</span>'
+        for place, label in zip(places, tick_labels(places), strict=True)
     )
     return (
-        f'<figure class="chart"><figcaption><h3>{html.escape(title)}</h3>{_legend(series)}'
-        f'{_switches(smooths, has_log)}</figcaption><div class="frame">{"".join(views)}'
+        f'<figure class="chart{" wide" if wide else ""}"><figcaption><h3>{html.escape(title)}</h3>'
+        f'{_legend(series)}{switch}</figcaption><div class="frame">{"".join(views)}'
         f'<div class="hover"><i class="rule"></i><div class="tip"></div></div></div>'
-        f'<div class="x-axis">{x_ticks}</div>{notes}{_points(series, buckets, first, last)}</figure>'
+        f'<div class="x-axis">{x_ticks}</div>{note}{_points(series, buckets, first, last)}</figure>'
     )
 
 
@@ -88,18 +96,17 @@ def bucketize(series: Series) -> Buckets:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving average of [Q] values, over a window that shrinks towards both ends, so that
-    neither end is bent; NaN is left out.
+    """Centred moving average of [Q] values with Hann weights. The window shrinks towards both ends,
+    so that neither end is bent; NaN is left out.
     """
     count = len(values)
     reach = max(1, round(count * SMOOTHED_FRACTION / 2))
     result = np.full(count, np.nan)
-    for i in range(count):
+    for i in np.flatnonzero(np.isfinite(values)):
         half = min(i, count - 1 - i, reach)
         window = values[i - half : i + half + 1]
-        window = window[np.isfinite(window)]
-        if len(window) and np.isfinite(values[i]):
-            result[i] = (window / len(window)).sum()
+        weights = np.hanning(2 * half + 3)[1:-1] * np.isfinite(window)
+        result[i] = (np.nan_to_num(window) * (weights / weights.sum())).sum()
     return result
 
 
@@ -115,26 +122,35 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten in [low, high], with 2 and 5 between them where these are few."""
+    """Powers of ten in [low, high], with round numbers between them where these are few."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1,), (1, 2, 5)):
-        found = [f * 10.0**e for e in exponents for f in factors]
-        found = [t for t in found if low * 0.999 <= t <= high * 1.001]
-        if len(found) > 2:
+    for factors in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 6)):
+        found = [factor * 10.0**exponent for exponent in exponents for factor in factors]
+        found = [place for place in found if low <= place <= high]
+        if len(found) > 3:
             return found[:: math.ceil(len(found) / 7)]
-    return [t for t in ticks(low, high, 4) if t > 0]
+    return [place for place in ticks(low, high, 4) if place > 0]
 
 
 def compact(value: float) -> str:
-    """A number for a tick or a tile: 12.5k, 1.2B, 0.003, 3e-4."""
+    """A number for a tile: 12.5k, 1.2B, 0.03, 3e-4."""
     size = abs(value)
-    if value == 0 or 1e-3 <= size < 9999.5 or not math.isfinite(value):
+    if value == 0 or 1e-2 <= size < 9999.5 or not math.isfinite(value):
         return f"{value:.4g}"
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for limit, suffix in SUFFIXES:
         if limit <= size < 1e15:
             return f"{value / limit:.4g}{suffix}"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def tick_labels(places: Sequence[float]) -> list[str]:
+    """The ticks of one axis in one unit: 2.5k, 5k, 7.5k, 10k."""
+    top = max(map(abs, places))
+    if 1e4 <= top < 1e15 and top < 1e4 * min(abs(p) for p in places if p):
+        limit, suffix = next(unit for unit in SUFFIXES if unit[0] <= top)
+        return [f"{p / limit:.4g}{suffix}" if p else "0" for p in places]
+    return [compact(p) for p in places]
 
 
 class _Scale:
@@ -162,11 +178,18 @@ def _span(arrays: Sequence[np.ndarray], pad: float) -> tuple[float, float]:
     return float(low - room), float(high + room)
 
 
+def _positive_span(buckets: Sequence[Buckets]) -> tuple[float, float]:
+    extremes = [a for b in buckets for a in (b.low, b.high)]
+    low, high = _span([a[a > 0] for a in extremes], pad=0.0)
+    return (low, high) if low > 0 else (1.0, 1.0)
+
+
 def _view(kind: str, buckets: Sequence[Buckets], x_of: _Scale, marks: Sequence[float]) -> str:
     extremes = [a for b in buckets for a in (b.low, b.high)]
     if kind == "log":
-        positive = [np.where(a > 0, a, np.nan) for a in extremes]
-        low, high = (math.exp(v) for v in _span([np.log(a) for a in positive], pad=0.05))
+        low, high = _positive_span(buckets)
+        room = (high / low) ** 0.05
+        low, high = low / room, high * room
         places = log_ticks(low, high)
     else:
         low, high = _span(extremes, pad=0.05)
@@ -174,8 +197,12 @@ def _view(kind: str, buckets: Sequence[Buckets], x_of: _Scale, marks: Sequence[f
             low = 0.0
         places = ticks(low, high, 4)
     y_of = _Scale(low, high, log=kind == "log")
-    labels = "".join(f'<span style="top:{1 - y_of(t):.2%}">{compact(t)}</span>' for t in places)
-    grid = "".join(f"M0 {(1 - y_of(t)) * HEIGHT:.1f}H{WIDTH}" for t in places)
+    heights = [1 - y_of(place) for place in places]
+    labels = "".join(
+        f'<span style="top:{height:.2%}">{label}</span>'
+        for height, label in zip(heights, tick_labels(places), strict=True)
+    )
+    grid = "".join(f"M0 {height * HEIGHT:.1f}H{WIDTH}" for height in heights)
     rules = "".join(f"M{x_of(m) * WIDTH:.1f} 0V{HEIGHT}" for m in marks)
     lines = "".join(_line(i, b, x_of, y_of) for i, b in enumerate(buckets))
     return (
@@ -223,32 +250,37 @@ def _legend(series: Sequence[Series]) -> str:
     for i, s in enumerate(series):
         known = s.values[np.isfinite(s.values)]
         last = compact(float(known[-1])) if len(known) else "not finite"
-        name = f"{html.escape(s.name)} " if len(series) > 1 else ""
-        items.append(f'<span class="key s{i}">{name}<b>{last}</b></span>')
+        name = f'<span class="key s{i}">{html.escape(s.name)}</span> ' if len(series) > 1 else ""
+        items.append(f"<span>{name}<b>{last}</b></span>")
     return f'<span class="legend">{"".join(items)}</span>'
 
 
-def _switches(smooths: bool, has_log: bool) -> str:
-    smooth = '<label><input type="checkbox" class="use-smooth" checked>smooth</label>'
-    log = '<label><input type="checkbox" class="use-log">log</label>'
-    return f'<span class="switches">{smooth if smooths else ""}{log if has_log else ""}</span>'
+def _log_switch(checked: bool) -> str:
+    box = f'<input type="checkbox" class="use-log"{" checked" if checked else ""}>'
+    return f'<label class="switch">{box}log</label>'
 
 
-def _notes(series: Sequence[Series], buckets: Sequence[Buckets], marks: Sequence[float]) -> str:
+def _losses(series: Sequence[Series]) -> list[str]:
     notes = []
     for s in series:
         lost = s.steps[~np.isfinite(s.values)]
         if len(lost):
-            where = f"at step {lost[0]:,.0f}" if len(lost) == 1 else f"first at step {lost[0]:,.0f}"
+            where = f"{'first ' if len(lost) > 1 else ''}at step {lost[0]:,.0f}"
             notes.append(
-                f"{s.name} not finite in {len(lost):,} of {len(s.steps):,} records, {where}"
+                f"{s.name}: not finite in {len(lost):,} of {len(s.steps):,} records, {where}"
             )
+    return notes
+
+
+def _reading(buckets: Sequence[Buckets], marks: Sequence[float]) -> list[str]:
+    notes = []
     widest = max(b.per_bucket for b in buckets)
     if widest > 1:
         notes.append(f"each column spans the lowest to the highest of {widest:,} records")
     if marks:
-        notes.append("dashed: resumed at step " + ", ".join(f"{m:,.0f}" for m in marks[:8]))
-    return f'<p class="note">{html.escape("; ".join(notes))}</p>' if notes else ""
+        more = f" and {len(marks) - 8} more" if len(marks) > 8 else ""
+        notes.append("dashed: resumed at step " + ", ".join(f"{m:,.0f}" for m in marks[:8]) + more)
+    return notes
 
 
 def _points(series: Sequence[Series], buckets: Sequence[Buckets], first: float, last: float) -> str:

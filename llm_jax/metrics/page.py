@@ -31,12 +31,11 @@ section { margin-top: 46px; }
 code, pre, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
   monospace; font-size: 13px; }
 
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 1px;
-  margin: 28px 0 0; background: var(--line); border: 1px solid var(--line); border-radius: 8px;
-  overflow: hidden; }
-.tiles div { background: var(--paper); padding: 14px 16px 12px; display: flex;
-  flex-direction: column-reverse; justify-content: flex-end;
-  box-shadow: 1px 1px 0 var(--line); }
+.tiles { display: grid; grid-template-columns: repeat(var(--columns), 1fr);
+  margin: 28px 0 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+.tiles div { padding: 14px 16px 12px; display: flex; flex-direction: column-reverse;
+  justify-content: flex-end; box-shadow: 1px 0 0 var(--line), 0 1px 0 var(--line),
+  1px 1px 0 var(--line); }
 .tiles dt { font-size: 12.5px; color: var(--soft); line-height: 1.35; }
 .tiles dd { margin: 0; font-size: 23px; line-height: 1.3; font-weight: 600;
   letter-spacing: -.01em; overflow-wrap: anywhere; }
@@ -45,7 +44,7 @@ code, pre, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liber
   gap: 34px 36px; margin-top: 36px; }
 figure { margin: 0; min-width: 0; break-inside: avoid; }
 figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px;
-  margin-bottom: 12px; }
+  min-height: 24px; margin-bottom: 10px; }
 .chart { --height: 150px; }
 .chart.wide { --height: 300px; }
 .frame { position: relative; height: var(--height); margin-left: 44px; }
@@ -68,15 +67,16 @@ svg .line, svg .raw, svg .smooth, svg .dots { stroke: var(--own); }
 svg .dots { stroke-width: 5.5; }
 svg .raw { stroke-width: 1; }
 svg .smooth { display: none; stroke-width: 1.75; }
-.chart:has(.use-smooth:checked) .smooth { display: inline; }
-.chart:has(.use-smooth:checked) .raw { opacity: .3; }
+section:has(.use-smooth:checked) .smooth { display: inline; }
+section:has(.use-smooth:checked) .raw { opacity: .3; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-size: 13px; color: var(--soft); }
 .key::before { content: ""; display: inline-block; width: 14px; height: 2.5px; margin-right: 6px;
   vertical-align: middle; border-radius: 2px; background: var(--own); }
-.key b { color: var(--ink); font-weight: 600; }
-.switches { margin-left: auto; display: flex; gap: 12px; font-size: 12.5px; color: var(--soft); }
-.switches label { display: flex; align-items: center; gap: 4px; cursor: pointer; }
-.switches input { margin: 0; width: 13px; height: 13px; accent-color: var(--s0); }
+.legend b, .tip b { color: var(--ink); font-weight: 600; }
+.heading { display: flex; align-items: baseline; }
+.switch { margin-left: auto; display: flex; align-items: center; gap: 5px; font-size: 12.5px;
+  color: var(--soft); cursor: pointer; }
+.switch input { margin: 0; width: 13px; height: 13px; accent-color: var(--s0); }
 .hover { position: absolute; inset: 0; cursor: crosshair; touch-action: pan-y; }
 .rule, .tip { position: absolute; visibility: hidden; pointer-events: none; }
 .rule { top: 0; bottom: 0; width: 1px; background: var(--soft); }
@@ -141,7 +141,7 @@ section > details { margin-top: 16px; }
 @media print {
   body { font-size: 11pt; }
   main { max-width: none; padding: 0; }
-  .switches, .hover { display: none; }
+  .switch, .hover { display: none; }
   .sample, .tiles, .track i, .key::before { print-color-adjust: exact;
     -webkit-print-color-adjust: exact; }
 }

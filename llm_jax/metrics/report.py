@@ -15,20 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.metrics.chart import Series, compact, line_chart, ticks
+from llm_jax.metrics.chart import MAX_DOTS, Series, compact, line_chart, tick_labels, ticks
 from llm_jax.metrics.page import document
 from llm_jax.metrics.writer import METRICS_FILE, RESERVED, read_records, replace_file
 
 REPORT_FILE = "report.html"
 RESUMED = "resumed"  # a record with this key is the first after a restart
 CHARTS = {
-    "Learning rate": ("learning_rate",),
-    "Gradient norm": ("grad_norm",),
-    "Tokens per second": ("tokens_per_second",),
-    "Model FLOPs utilization": ("mfu",),
-    "Held-out bits per byte": ("eval/bits_per_byte",),
+    "Learning rate": "learning_rate",
+    "Gradient norm": "grad_norm",
+    "Tokens per second": "tokens_per_second",
+    "Model FLOPs utilization": "mfu",
+    "Held-out bits per byte": "eval/bits_per_byte",
 }
 COMPRESSORS = {"model_bpb": "model", "gzip_bpb": "gzip -9", "xz_bpb": "xz -9"}
+MAX_TILE_COLUMNS = 6
 MAX_NAMED_ROWS, MAX_ROWS = 40, 300  # of the compression picture
 SUMMED_COLUMNS = ("documents", "tokens", "bytes")
 
@@ -64,7 +65,7 @@ def write_report(
     sections = [
         f"<header><h1>{html.escape(title)}</h1>{_lead(columns, resumed)}</header>",
         _tiles(summary),
-        *_curves(columns, resumed),
+        _curves(columns, resumed),
         _compression(compression or ()),
         _samples(samples),
         _data(data),
@@ -121,33 +122,39 @@ def _tiles(summary: Mapping[str, str | float]) -> str:
         f"<div><dt>{html.escape(label)}</dt><dd>{_text(value)}</dd></div>"
         for label, value in summary.items()
     )
-    return f'<dl class="tiles">{tiles}</dl>' if tiles else ""
+    rows = math.ceil(len(summary) / MAX_TILE_COLUMNS)
+    columns = math.ceil(len(summary) / max(1, rows))  # rows of equal length
+    return f'<dl class="tiles" style="--columns:{columns}">{tiles}</dl>' if tiles else ""
 
 
-def _curves(columns: Mapping[str, Series], resumed: Sequence[int]) -> list[str]:
-    def chart(title: str, names: Mapping[str, str]) -> str:
+def _curves(columns: Mapping[str, Series], resumed: Sequence[int]) -> str:
+    def chart(title: str, names: Mapping[str, str], wide: bool = False) -> str:
         lines = [
             Series(name, columns[key].steps, columns[key].values)
             for key, name in names.items()
             if key in columns
         ]
-        return line_chart(title, lines, marks=resumed) if lines else ""
+        return line_chart(title, lines, marks=resumed, wide=wide) if lines else ""
 
-    loss = chart("Loss, nats per token", {"loss": "train", "eval/loss": "held-out"})
-    shown = {"loss", "eval/loss"}
-    small = []
-    for title, keys in CHARTS.items():
-        small.append(chart(title, dict.fromkeys(keys, title)))
-        shown.update(keys)
+    loss = chart("Loss, nats per token", {"loss": "train", "eval/loss": "held-out"}, wide=True)
+    small = [chart(title, {key: title}) for title, key in CHARTS.items()]
+    shown = {"loss", "eval/loss", *CHARTS.values()}
     more = []
     for key in columns:
         base = key.removeprefix("eval/")
         if key not in shown:
             shown.update((base, f"eval/{base}"))
-            more.append(chart(base, {base: "train", f"eval/{base}": "held-out"}))
-    folded = f"<details><summary>Other metrics ({len(more)})</summary>{_grid(more)}</details>"
-    loss = loss.replace('class="chart"', 'class="chart wide"', 1)
-    return [f"<section>{loss}{_grid(small)}{folded if more else ''}</section>" if columns else ""]
+            title = base if base in columns else key
+            more.append(chart(title, {base: "train", f"eval/{base}": "held-out"}))
+    summary = f"<summary>Other metrics ({len(more)})</summary>"
+    folded = f"<details>{summary}{_grid(more)}</details>" if more else ""
+    body = loss + _grid(small) + folded
+    if not body:
+        return ""
+    box = '<input type="checkbox" class="use-smooth" checked>'
+    long = any(len(s.steps) > MAX_DOTS for s in columns.values())
+    switch = f'<label class="switch">{box}smooth</label>' if long else ""
+    return f'<section><div class="heading"><h2>Training</h2>{switch}</div>{body}</section>'
 
 
 def _grid(charts: Sequence[str]) -> str:
@@ -165,12 +172,14 @@ def _compression(files: Sequence[Mapping[str, Any]]) -> str:
     rows = "".join(_row(f, end, named=len(shown) <= MAX_NAMED_ROWS) for f in shown)
     size = "" if len(shown) <= MAX_NAMED_ROWS else "--row:5px;--dot:4px;"
     step = (places[1] - places[0]) / end if len(places) > 1 else 1
-    marks = "".join(f'<span style="left:{p / end:.2%}">{compact(p)}</span>' for p in places)
+    marks = "".join(
+        f'<span style="left:{place / end:.2%}">{label}</span>'
+        for place, label in zip(places, tick_labels(places), strict=True)
+    )
     keys = "".join(
         f'<span class="key {label.split()[0]}">{label}</span>' for label in COMPRESSORS.values()
     )
-    cells = [[f["name"], f.get("bytes"), *(f.get(key) for key in COMPRESSORS)] for f in files]
-    table = _table(["file", "bytes", *COMPRESSORS.values()], cells)
+    table = _table(["file", "bytes", *COMPRESSORS.values()], [_cells(f) for f in files])
     skipped = (
         f" {len(shown):,} of {len(files):,} files are drawn." if len(shown) < len(files) else ""
     )
@@ -182,6 +191,12 @@ def _compression(files: Sequence[Mapping[str, Any]]) -> str:
         f'<div class="axis"><span></span><div class="ticks">{marks}</div></div></figure>'
         f"<details><summary>Table of {len(files):,} files</summary>{table}</details>",
     )
+
+
+def _cells(file: Mapping[str, Any]) -> list[Any]:
+    rates = (file.get(key) for key in COMPRESSORS)
+    shown = (None if rate is None else f"{rate:.3f}" for rate in rates)
+    return [file["name"], file.get("bytes"), *shown]
 
 
 def _by_model(file: Mapping[str, Any]) -> tuple[float, str]:
@@ -199,7 +214,7 @@ def _verdict(files: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"Over {compact(total)} bytes in {len(full):,} file{'s' * (len(full) > 1)} the model needs "
         f"<b>{model:.3f}</b> bits per byte, gzip -9 {gzip:.3f} and xz -9 {xz:.3f}; the model is "
-        f"below both in {better:,}. Fewer is better. The size of the model itself is not counted."
+        f"below both in {better:,} of them. Fewer is better; the model's own size is not counted."
     )
 
 

@@ -90,9 +90,7 @@ def _muon(config, schedule, axes, mask):
         mu_dtype=jnp.dtype(config.momentum_dtype),
         adam_b1=config.beta1,
         adam_b2=config.beta2,
-        muon_weight_dimension_numbers=jax.tree_util.tree_map_with_path(
-            muon_dimensions, axes
-        ),
+        muon_weight_dimension_numbers=jax.tree_util.tree_map_with_path(muon_dimensions, axes),
         consistent_rms=0.2,
     )
 

@@ -78,7 +78,7 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
         component("models", config.model.name).make, config.model, precision=precision
     )
     objective = component("objectives", config.objective.name).make(config.objective)
-    graphdef, params, extra = nnx.split(
+    graphdef, params, _ = nnx.split(
         nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))), nnx.Param, ...
     )
     axes = logical_axes(params)
@@ -203,5 +203,3 @@ def batch_spec(
         )
         for name, s in objective.batch_spec(batch_size, config.data.sequence_length).items()
     }
-
-

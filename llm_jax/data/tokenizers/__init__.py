@@ -63,7 +63,9 @@ def load_tokenizer(directory: Path, *, num_threads: int | None = None) -> PieceT
             raise ConfigError(f"no tokenizer in {directory}: {meta['model_file']} is missing")
         model = path.read_bytes()
     if hashlib.sha256(model).hexdigest() != meta["model_sha256"]:
-        raise ConfigError(f"{directory / meta['model_file']} is not the model that {META_FILE} names")
+        raise ConfigError(
+            f"{directory / meta['model_file']} is not the model that {META_FILE} names"
+        )
     module = component("data.tokenizers", meta["name"])
     tokenizer = module.from_model(model, meta["settings"], num_threads)
     for key in ("vocab_size", "bos_id", "eos_id", "pad_id"):

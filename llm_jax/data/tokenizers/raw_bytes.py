@@ -24,7 +24,9 @@ class Config:
 
     def __post_init__(self):
         if self.vocab_size != 259:
-            raise ConfigError(f"vocab_size = {self.vocab_size}: raw_bytes has 259 (256, bos, eos, pad)")
+            raise ConfigError(
+                f"vocab_size = {self.vocab_size}: raw_bytes has 259 (256, bos, eos, pad)"
+            )
 
 
 class RawBytesTokenizer(PieceTokenizer):
@@ -51,6 +53,7 @@ class RawBytesTokenizer(PieceTokenizer):
 
     def save_huggingface(self, directory: Path) -> None:
         vocab = {character: byte for byte, character in enumerate(byte_level_alphabet())}
+        vocab |= {text: token_id for token_id, text in self.special_tokens.items()}
         write_huggingface(
             directory,
             model=bpe_model(vocab, []),
@@ -65,5 +68,7 @@ def make(config: Config) -> RawBytesTokenizer:
     return RawBytesTokenizer()
 
 
-def from_model(model: bytes, settings: dict[str, Any], num_threads: int | None) -> RawBytesTokenizer:
+def from_model(
+    model: bytes, settings: dict[str, Any], num_threads: int | None
+) -> RawBytesTokenizer:
     return RawBytesTokenizer()

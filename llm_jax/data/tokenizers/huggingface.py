@@ -1,0 +1,219 @@
+"""A Hugging Face `tokenizer.json` through the `tokenizers` package: `pip install "llm_jax[hf]"`.
+
+Two families give back every byte: byte-level BPE (GPT-2, Llama 3, Qwen) and SentencePiece with byte
+fallback (Llama 2, Gemma). Their ids are turned into a table of bytes here, because `tokenizers` only
+decodes to str. Others (BERT's WordPiece) lose case or spaces and need `lossless=False`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_jax.core.config import ConfigError
+from llm_jax.data.tokenizers.huggingface_files import byte_level_alphabet, write_tokenizer_config
+from llm_jax.data.tokenizers.pieces import (
+    META_SPACE,
+    PieceTokenizer,
+    encode_around,
+    reject_surrogates,
+)
+
+_ROLES = ("bos_token", "eos_token", "pad_token")
+_PROBES = (
+    "def f(x):\n    return  x\r\n\n\t# end  ",
+    " one  two Three, it's 1234567 don 't . ",
+    "中文 字符 é e\u0301 ﬁ Ａ 😀👨‍👩‍👧 \ufeff\u00a0\u2028",
+    "\x00\x01\x7f <s></s><unk><pad><|endoftext|><0x41> [MASK]",
+    "▁ x▁▁y",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """path: a tokenizer.json, or the directory it is in.
+
+    bos_token, eos_token, pad_token: None takes them from tokenizer_config.json beside it; bos and pad
+      fall back to eos.
+    lossless: refuse a tokenizer that cannot give back every text.
+    """
+
+    name: str = "huggingface"
+    path: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    lossless: bool = True
+
+
+class HuggingFaceTokenizer(PieceTokenizer):
+    """Args: model: the content of tokenizer.json; roles: bos_token, eos_token, pad_token -> text."""
+
+    name = "huggingface"
+    model_file = "tokenizer.json"
+
+    def __init__(self, model: bytes, roles: Mapping[str, str]):
+        _require_tokenizers()
+        import tokenizers
+
+        self._model = model
+        self._roles = {role: roles[role] for role in _ROLES}
+        self._library = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
+        self._library.encode_special_tokens = True  # a literal "<s>" is text
+        self._library.no_padding()
+        self._library.no_truncation()
+        pieces = dict(self._library.get_vocab(with_added_tokens=True))
+        size = max(pieces.values()) + 1
+        table = [""] * size
+        for text, token_id in pieces.items():
+            table[token_id] = text
+        added = self._library.get_added_tokens_decoder()
+        special = {i: token.content for i, token in added.items() if token.special}
+        special |= {self._id_of(text): text for text in self._roles.values()}
+        rule = _DecodingRule.of(json.loads(model))
+        self._by_library = rule is None
+        plain = {i for i, token in added.items() if not token.special}
+        super().__init__(
+            [
+                text.encode("utf-8") if rule is None or i in plain else rule.bytes_of(text)
+                for i, text in enumerate(table)
+            ],
+            special,
+            bos_id=self._id_of(self._roles["bos_token"]),
+            eos_id=self._id_of(self._roles["eos_token"]),
+            pad_id=self._id_of(self._roles["pad_token"]),
+            prefix=b" " if rule is not None and rule.strips_space else b"",
+        )
+        self._mark_ids = None
+        if rule is not None and rule.meta_space:
+            self._mark_ids = [self._id_of(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
+
+    def encode(self, text: str) -> list[int]:
+        reject_surrogates([text])
+        if self._mark_ids is not None and META_SPACE in text:
+            return encode_around(text, META_SPACE, self._mark_ids, self._encode)
+        return self._encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        texts = list(texts)
+        reject_surrogates(texts)
+        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        batch = [encoding.ids for encoding in encodings]
+        if self._mark_ids is not None:
+            for i, text in enumerate(texts):
+                if META_SPACE in text:
+                    batch[i] = encode_around(text, META_SPACE, self._mark_ids, self._encode)
+        return batch
+
+    def decode(self, ids: Sequence[int]) -> str:
+        if not self._by_library:
+            return super().decode(ids)
+        kept = [int(i) for i in ids if int(i) not in self.special_tokens]
+        return self._library.decode(kept, skip_special_tokens=False)
+
+    def model_bytes(self) -> bytes:
+        return self._model
+
+    def settings(self) -> dict[str, Any]:
+        return {"roles": self._roles}
+
+    def save_huggingface(self, directory: Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / self.model_file).write_bytes(self._model)
+        write_tokenizer_config(directory, self._roles)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def _id_of(self, text: str) -> int:
+        token_id = self._library.token_to_id(text)
+        if token_id is None:
+            raise ConfigError(f"this tokenizer.json has no token {text!r}")
+        return token_id
+
+
+@dataclasses.dataclass(frozen=True)
+class _DecodingRule:
+    """How the decoder section of a tokenizer.json turns a piece into bytes."""
+
+    byte_level: dict[str, int] | None = None
+    meta_space: bool = False
+    strips_space: bool = False
+
+    @classmethod
+    def of(cls, tokenizer: Mapping[str, Any]) -> "_DecodingRule | None":
+        """None where pieces are not simply joined."""
+        decoder = tokenizer.get("decoder") or {}
+        steps = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
+        kinds = {step.get("type") for step in steps}
+        if "ByteLevel" in kinds:
+            return cls(byte_level={c: byte for byte, c in enumerate(byte_level_alphabet())})
+        if "ByteFallback" not in kinds:
+            return None
+        return cls(
+            meta_space=any(
+                step.get("type") == "Replace" and step["pattern"].get("String") == META_SPACE
+                for step in steps
+            ),
+            strips_space=any(step.get("type") == "Strip" and step["start"] for step in steps),
+        )
+
+    def bytes_of(self, text: str) -> bytes:
+        if self.byte_level is not None:
+            if all(character in self.byte_level for character in text):
+                return bytes(self.byte_level[character] for character in text)
+            return text.encode("utf-8")
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes([int(text[3:5], 16)])
+        return (text.replace(META_SPACE, " ") if self.meta_space else text).encode("utf-8")
+
+
+def make(config: Config) -> HuggingFaceTokenizer:
+    """Reads the tokenizer.json at `config.path`; raises ConfigError where it cannot serve."""
+    _require_tokenizers()
+    if config.path is None:
+        raise ConfigError("huggingface needs path: a tokenizer.json or the directory it is in")
+    path = Path(config.path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"no tokenizer.json at {path}")
+    try:
+        tokenizer = HuggingFaceTokenizer(path.read_bytes(), _roles(config, path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
+        raise ConfigError(f"{path} is no tokenizer.json: {' '.join(str(error).split())}") from None
+    if config.lossless:
+        for probe in _PROBES:
+            if tokenizer.decode(tokenizer.encode(probe)) != probe:
+                raise ConfigError(
+                    f"{path} cannot give back every text, e.g. {probe!r}; lossless=False takes it"
+                )
+    return tokenizer
+
+
+def from_model(
+    model: bytes, settings: Mapping[str, Any], num_threads: int | None
+) -> HuggingFaceTokenizer:
+    """num_threads: not used; the library takes RAYON_NUM_THREADS from the environment."""
+    return HuggingFaceTokenizer(model, settings["roles"])
+
+
+def _roles(config: Config, path: Path) -> dict[str, str]:
+    beside = path.parent / "tokenizer_config.json"
+    written = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    roles = {}
+    for role in _ROLES:
+        value = getattr(config, role) or written.get(role)
+        roles[role] = value["content"] if isinstance(value, dict) else value
+    if roles["eos_token"] is None:
+        raise ConfigError("no eos token: set eos_token, or put tokenizer_config.json beside it")
+    return {role: roles[role] or roles["eos_token"] for role in _ROLES}
+
+
+def _require_tokenizers() -> None:
+    if importlib.util.find_spec("tokenizers") is None:
+        raise ConfigError('tokenizer huggingface needs: pip install "llm_jax[hf]"')

@@ -1,0 +1,315 @@
+"""SentencePiece, trained on the run's own texts or read from a `.model`.
+
+What is unusual: identity normalisation, no dummy prefix, byte fallback, and pieces that run over
+spaces and line ends (`\\n        return`, `self.`, ` of the`) unless `split_words` is set. On Python
+source that gives 4.1 bytes per token at 4096 pieces against 2.2 for SentencePiece's own defaults;
+prose gains as well. A literal U+2581, which SentencePiece cannot tell from a space, is encoded as its
+three byte pieces.
+"""
+
+import dataclasses
+import io
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from llm_jax.core.config import ConfigError
+from llm_jax.data.tokenizers.huggingface_files import bpe_model, merges_in_order, write_huggingface
+from llm_jax.data.tokenizers.pieces import (
+    META_SPACE,
+    PieceTokenizer,
+    encode_around,
+    reject_surrogates,
+)
+from llm_jax.data.tokenizers.sentencepiece_proto import (
+    NO_DUMMY_PREFIX,
+    Model,
+    Piece,
+    PieceType,
+    read_model,
+)
+from llm_jax.data.tokenizers.training_sample import CHUNK_CHARACTERS, sample_chunks
+
+UNK, BOS, EOS, PAD = 0, 1, 2, 3
+_FIXED_PIECES = 4 + 256  # the special tokens and one piece per byte
+# The unigram trainer adds floats per thread: another number of threads is another model.
+_TRAINING_THREADS = 8
+_UNIGRAM, _BPE = 1, 2
+# Hugging Face's unigram would find `<s>` or `<0x41>` in plain text; at this score it never pays.
+_NEVER = -1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """path: an existing `.model`; then only `num_threads` and `lossless` are looked at.
+
+    vocab_size: pieces to train, the four special tokens and 256 bytes among them. A small corpus may
+      yield fewer: the tokenizer's own `vocab_size` is what counts.
+    model_type: "bpe" trains 4 MB in 1 s; "unigram" takes 6 s per MB and gives longer sequences here.
+    character_coverage: share of the characters that get a piece; the rest become bytes.
+    training_bytes: how much text to train on at most (about 60 bytes of memory for each).
+    scan_bytes: how much text to read at most to choose those bytes from.
+    split_words: a piece holds at most one word.
+    split_digits: every digit is a piece of its own.
+    max_piece_length: characters.
+    num_threads: of `encode_batch`; None is all cores. Does not change the trained model.
+    lossless: refuse a model at `path` that cannot give back every text (T5, ALBERT).
+    """
+
+    name: str = "sentencepiece"
+    vocab_size: int = 32768
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    path: str | None = None
+    character_coverage: float = 0.9995
+    training_bytes: int = 32_000_000
+    scan_bytes: int = 4_000_000_000
+    seed: int = 0
+    split_words: bool = False
+    split_digits: bool = False
+    max_piece_length: int = 16
+    num_threads: int | None = None
+    lossless: bool = True
+
+    def __post_init__(self):
+        if self.vocab_size <= _FIXED_PIECES:
+            raise ConfigError(
+                f"vocab_size = {self.vocab_size}: must exceed {_FIXED_PIECES} (4 special tokens, 256 bytes)"
+            )
+        if not 0.9 <= self.character_coverage <= 1:
+            raise ConfigError(f"character_coverage = {self.character_coverage}: must be in 0.9..1")
+        for field in ("training_bytes", "scan_bytes", "max_piece_length"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} = {getattr(self, field)}: must be positive")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"num_threads = {self.num_threads}: must be positive or None")
+
+
+class SentencePieceTokenizer(PieceTokenizer):
+    """Args: model: a serialized ModelProto. Raises ValueError if it is none."""
+
+    name = "sentencepiece"
+    model_file = "tokenizer.model"
+
+    def __init__(self, model: bytes, num_threads: int | None = None):
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = model
+        self._parsed = read_model(model)
+        self._num_threads = -1 if num_threads is None else num_threads
+        # Only at the start of a text, not after a U+2581: so the space is put there by `_prefixed`.
+        own_prefix = self._parsed.add_dummy_prefix and self._parsed.loss is None
+        self._space = " " if own_prefix else ""
+        self._processor = SentencePieceProcessor(
+            model_proto=model + NO_DUMMY_PREFIX if own_prefix else model
+        )
+        pieces = self._parsed.pieces
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        if eos < 0:
+            raise ConfigError("this SentencePiece model has no eos piece")
+        pad = self._processor.pad_id()
+        super().__init__(
+            [_bytes_of(piece) for piece in pieces],
+            {
+                i: piece.text
+                for i, piece in enumerate(pieces)
+                if piece.type in (PieceType.CONTROL, PieceType.UNKNOWN)
+            },
+            bos_id=eos if bos < 0 else bos,
+            eos_id=eos,
+            pad_id=eos if pad < 0 else pad,
+            prefix=b" " if self._parsed.add_dummy_prefix else b"",
+        )
+        self._mark_ids = self._byte_ids(META_SPACE) if self._parsed.byte_fallback else None
+
+    def encode(self, text: str) -> list[int]:
+        if self._space and text:
+            text = self._space + text
+        if META_SPACE in text and self._mark_ids is not None:
+            return encode_around(text, META_SPACE, self._mark_ids, self._encode)
+        return self._encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        texts = list(texts)
+        if self._space:
+            texts = [self._space + text if text else text for text in texts]
+        try:
+            batch = self._processor.encode(texts, num_threads=self._num_threads)
+        except TypeError:
+            reject_surrogates(texts)
+            raise
+        if self._mark_ids is not None:
+            for i, text in enumerate(texts):
+                if META_SPACE in text:
+                    batch[i] = encode_around(text, META_SPACE, self._mark_ids, self._encode)
+        return batch
+
+    def model_bytes(self) -> bytes:
+        return self._model
+
+    def save_huggingface(self, directory: Path) -> None:
+        """Also writes tokenizer.model.
+
+        Raises:
+          ValueError: the model normalises its input; use the Hugging Face files it came with.
+        """
+        if self._parsed.loss is not None or self._parsed.model_type not in (_UNIGRAM, _BPE):
+            reason = self._parsed.loss or "it is neither bpe nor unigram"
+            raise ConfigError(f"no Hugging Face export for this SentencePiece model: {reason}")
+        pieces = self._parsed.pieces
+        space_at_start = self._parsed.add_dummy_prefix
+        decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+        if space_at_start:
+            decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        unk_id = self._processor.unk_id()
+        make_model = _huggingface_bpe if self._parsed.model_type == _BPE else _huggingface_unigram
+        write_huggingface(
+            directory,
+            model=make_model(self._parsed, unk_id),
+            normalizer={"type": "Prepend", "prepend": " "} if space_at_start else None,
+            decoder={"type": "Sequence", "decoders": decoders},
+            special_tokens=self.special_tokens,
+            plain_tokens={
+                i: _text_of(piece)
+                for i, piece in enumerate(pieces)
+                if piece.type == PieceType.USER_DEFINED
+            },
+            roles={
+                "bos_token": pieces[self.bos_id].text,
+                "eos_token": pieces[self.eos_id].text,
+                "pad_token": pieces[self.pad_id].text,
+                "unk_token": pieces[unk_id].text,
+            },
+        )
+        (Path(directory) / self.model_file).write_bytes(self._model)
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._processor.encode(text)
+        except RuntimeError:
+            reject_surrogates([text])
+            raise
+
+    def _byte_ids(self, text: str) -> list[int]:
+        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode("utf-8")]
+
+
+def make(config: Config) -> SentencePieceTokenizer:
+    """Reads the model at `config.path`."""
+    if config.path is None:
+        raise ConfigError("sentencepiece without a path has to be trained: use make_tokenizer")
+    if not Path(config.path).is_file():
+        raise ConfigError(f"no SentencePiece model at {config.path}")
+    model = Path(config.path).read_bytes()
+    try:
+        loss = read_model(model).loss
+    except ValueError as error:
+        raise ConfigError(f"{config.path}: {error}") from None
+    if config.lossless and loss is not None:
+        raise ConfigError(
+            f"{config.path} cannot give back every text: {loss}; lossless=False takes it"
+        )
+    return SentencePieceTokenizer(model, config.num_threads)
+
+
+def from_model(
+    model: bytes, settings: dict[str, Any], num_threads: int | None
+) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(model, num_threads)
+
+
+def needs_training(config: Config) -> bool:
+    return config.path is None
+
+
+def train(
+    config: Config, texts: Iterable[str], progress: Callable[[str], None] | None = None
+) -> SentencePieceTokenizer:
+    """Trains on an even sample of the texts; the same texts give the same bytes of model.
+
+    Raises:
+      ConfigError: the texts are too few, or have too many characters for `vocab_size`.
+    """
+    report = progress or (lambda line: None)
+    chunks = sample_chunks(
+        texts, max_bytes=config.training_bytes, scan_bytes=config.scan_bytes, seed=config.seed
+    )
+    size = sum(map(len, chunks))
+    if not size:
+        raise ConfigError("no text to train a tokenizer on")
+    report(f"training sentencepiece {config.model_type} on {size / 1e6:.1f} MB")
+    start = time.monotonic()
+    tokenizer = SentencePieceTokenizer(_train_model(config, chunks), config.num_threads)
+    report(f"{tokenizer.vocab_size} pieces in {time.monotonic() - start:.1f} s")
+    return tokenizer
+
+
+def _train_model(config: Config, chunks: list[bytes]) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(chunks),
+            model_writer=model,
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=config.character_coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_by_whitespace=config.split_words,
+            split_by_unicode_script=False,
+            split_digits=config.split_digits,
+            allow_whitespace_only_pieces=True,
+            max_sentencepiece_length=config.max_piece_length,
+            max_sentence_length=4 * CHUNK_CHARACTERS,
+            shuffle_input_sentence=False,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            pad_id=PAD,
+            num_threads=_TRAINING_THREADS,
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"sentencepiece cannot train {config.vocab_size} pieces: {reason}"
+        ) from None
+    return model.getvalue()
+
+
+def _text_of(piece: Piece) -> str:
+    return piece.text.replace(META_SPACE, " ")
+
+
+def _bytes_of(piece: Piece) -> bytes:
+    if piece.type == PieceType.BYTE:
+        return bytes([int(piece.text[3:5], 16)])
+    return _text_of(piece).encode("utf-8")
+
+
+def _huggingface_bpe(model: Model, unk_id: int) -> dict[str, Any]:
+    normal = [
+        (-piece.score, i, _text_of(piece))
+        for i, piece in enumerate(model.pieces)
+        if piece.type == PieceType.NORMAL
+    ]
+    vocab = {
+        _text_of(piece) if piece.type == PieceType.NORMAL else piece.text: i
+        for i, piece in enumerate(model.pieces)
+    }
+    merges = merges_in_order(text for _, _, text in sorted(normal))
+    unk = model.pieces[unk_id].text
+    return bpe_model(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
+
+
+def _huggingface_unigram(model: Model, unk_id: int) -> dict[str, Any]:
+    vocab = [
+        [_text_of(piece), piece.score] if piece.type == PieceType.NORMAL else [piece.text, _NEVER]
+        for piece in model.pieces
+    ]
+    return {"type": "Unigram", "unk_id": unk_id, "vocab": vocab, "byte_fallback": True}

@@ -1,0 +1,125 @@
+"""Reads the few fields of a SentencePiece `.model` that its Python API does not show.
+
+The wire format is read by hand: the generated `sentencepiece_model_pb2` refuses every protobuf
+runtime older than its compiler, which others (TensorFlow) pin. Field numbers: sentencepiece_model.proto.
+"""
+
+import dataclasses
+import enum
+import struct
+from collections.abc import Iterator
+
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+# A message that comes twice is merged and the last scalar wins, so an override is a suffix:
+# normalizer_spec { add_dummy_prefix: false }.
+NO_DUMMY_PREFIX = bytes([_NORMALIZER << 3 | 2, 2, 3 << 3, 0])
+
+
+class PieceType(enum.IntEnum):
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    text: str
+    score: float
+    type: PieceType
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """model_type: 1 unigram, 2 bpe, 3 word, 4 char."""
+
+    pieces: list[Piece]
+    model_type: int
+    byte_fallback: bool
+    whitespace_as_suffix: bool
+    has_charsmap: bool
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+    escape_whitespaces: bool
+
+    @property
+    def loss(self) -> str | None:
+        """Why some text does not come back from this model, or None."""
+        reasons = {
+            "it normalises characters": self.has_charsmap,
+            "it removes repeated spaces": self.remove_extra_whitespaces,
+            "it has no byte fallback": not self.byte_fallback,
+            "it does not mark spaces": not self.escape_whitespaces,
+            "it adds a space at the end": self.whitespace_as_suffix and self.add_dummy_prefix,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def read_model(data: bytes) -> Model:
+    """Parses a serialized ModelProto.
+
+    Raises:
+      ValueError: not a SentencePiece model.
+    """
+    pieces: list[Piece] = []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    try:
+        for number, value in _fields(data):
+            if number == _PIECES:
+                pieces.append(_piece(dict(_fields(value))))
+            elif number == _TRAINER:
+                trainer.update(_fields(value))
+            elif number == _NORMALIZER:
+                normalizer.update(_fields(value))
+    except (IndexError, TypeError, ValueError, KeyError, struct.error):
+        pieces = []
+    if not pieces:
+        raise ValueError("not a SentencePiece model")
+    return Model(
+        pieces=pieces,
+        model_type=trainer.get(3, 1),
+        byte_fallback=bool(trainer.get(35, 0)),
+        whitespace_as_suffix=bool(trainer.get(24, 0)),
+        has_charsmap=bool(normalizer.get(2, b"")),
+        add_dummy_prefix=bool(normalizer.get(3, 1)),
+        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+        escape_whitespaces=bool(normalizer.get(5, 1)),
+    )
+
+
+def _piece(fields: dict[int, int | bytes]) -> Piece:
+    score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
+    return Piece(fields[1].decode("utf-8"), score, PieceType(fields.get(3, PieceType.NORMAL)))
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, varint or raw bytes) of each field of a message."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == 0:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        if wire_type == 2:
+            size, at = _varint(data, at)
+        else:
+            size = {1: 8, 5: 4}[wire_type]
+        if at + size > len(data):
+            raise ValueError("truncated")
+        yield number, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at

@@ -1,0 +1,89 @@
+"""What may end a run early: signals, a second run in the workdir, a loss that is no number."""
+
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llm_jax.core.flags import RunError
+
+
+class StopRequest:
+    """Notes SIGTERM and Ctrl-C, so that the loop can save and leave. A second Ctrl-C leaves at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.name: str | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame):
+        if self.name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def agreed(self, ask_all: bool) -> bool:
+        """Whether to stop now. With several processes they must stop at the same step, so they
+
+        compare notes, when `ask_all`, which must be true at the same steps on each of them.
+        """
+        if jax.process_count() == 1:
+            return self.name is not None
+        if not ask_all:
+            return False
+        flags = multihost_utils.process_allgather(np.array(self.name is not None))
+        if flags.any() and self.name is None:
+            self.name = "a signal to another process"
+        return bool(flags.any())
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Holds `workdir/.lock`; the lock ends with the process, however it ends.
+
+    Raises:
+      RunError: another live run holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(workdir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(
+                f"{workdir} is in use by process {file.read().strip() or 'unknown'}: "
+                "wait for it, stop it, or choose another --workdir"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def check_finite(step: int, metrics: Mapping[str, float], last_good: int | None) -> None:
+    """Raises RunError when loss or gradient norm of a step is not finite."""
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(metrics[name]):
+            kept = (
+                "there is no checkpoint yet" if last_good is None else f"step {last_good} is kept"
+            )
+            raise RunError(
+                f"{name} is {metrics[name]} at step {step} (batch {step - 1}): training stopped, "
+                f"{kept}; try a lower schedule.learning_rate or a longer schedule.warmup_steps"
+            )

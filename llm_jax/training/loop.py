@@ -1,0 +1,150 @@
+"""The training loop: dispatch a step, place the next batch while it runs, read old metrics."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.checkpoint.manager import Checkpointer, RunFiles
+from llm_jax.core.types import Weighted
+from llm_jax.sharding.place import to_global_batch
+from llm_jax.training.config import RunConfig
+from llm_jax.training.guard import StopRequest, check_finite
+from llm_jax.training.program import Program
+from llm_jax.training.state import TrainState
+
+# Steps the host may run ahead of the device: enough to hide the host, few enough to bound memory.
+STEPS_IN_FLIGHT = 2
+
+
+class Loader(Protocol):
+    def __next__(self) -> Mapping[str, Any]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def epochs(self) -> dict[str, float]: ...
+
+
+class Writer(Protocol):
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def write_eval(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """state: where the run stands; stopped_by: the signal that ended it early, or None."""
+
+    state: TrainState
+    stopped_by: str | None
+
+
+class Loop:
+    """Runs `program.step` until the last step or a stop request."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        program: Program,
+        loader: Loader,
+        checkpointer: Checkpointer,
+        writer: Writer,
+        *,
+        files: Callable[[dict], RunFiles],
+        held_out: Callable[[], Iterator[Mapping[str, Any]]] | None,
+        throughput: Callable[[float], dict[str, float]],
+    ):
+        """files: what goes beside the arrays, given the loader's state; held_out: a fresh pass over
+
+        the held-out batches; throughput: metrics from steps per second.
+        """
+        self.run, self.program, self.loader = run, program, loader
+        self.checkpointer, self.writer = checkpointer, writer
+        self.files, self.held_out, self.throughput = files, held_out, throughput
+        self.last_saved: int | None = None
+        self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self._clock: tuple[int, float] | None = None  # a finished step and when it was seen
+
+    def fit(self, state: TrainState) -> Outcome:
+        """Trains from `state.step` to the end.
+
+        Raises:
+          RunError: the loss is not finite. The last checkpoint stays.
+        """
+        step, last = int(state.step), self.run.train.num_steps
+        if step:
+            self.last_saved = step
+        with StopRequest() as request:
+            batch = self._next_batch() if step < last else None
+            while step < last:
+                state, metrics = self.program.step(state, batch)
+                step += 1
+                self._pending.append((step, metrics))
+                stop = request.agreed(step % self.run.train.log_every == 0)
+                if self.run.eval.every and step % self.run.eval.every == 0 and step < last:
+                    self.evaluate(step, state)
+                # Before the next batch is drawn, so that the loader's state is that of this step.
+                if stop or step == last or step % self.run.checkpoint.save_every == 0:
+                    self._save(step, state)
+                if stop:
+                    break
+                if step < last:
+                    batch = self._next_batch()
+                self._read(keep=STEPS_IN_FLIGHT)
+            self._read(keep=0)
+            self.checkpointer.wait()
+        return Outcome(state, request.name if step < last else None)
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Held-out loss at this step, over at most `eval.max_batches` batches."""
+        if self.held_out is None:
+            return
+        self._read(keep=0)
+        total: dict[str, Weighted] | None = None
+        for index, rows in enumerate(self.held_out()):
+            if index == self.run.eval.max_batches:
+                break
+            batch = self._place(rows)
+            sums = self.program.evaluate(state.params, state.extra, batch)
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        if total is not None:
+            means = {name: float(value.mean) for name, value in total.items()}
+            self.writer.write_eval(step, means)
+        self._clock = None  # the pause is not the step's
+
+    def _next_batch(self):
+        return self._place(next(self.loader))
+
+    def _place(self, rows: Mapping[str, Any]):
+        return to_global_batch(rows, self.program.rules, self.run.train.batch_size)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self._read(keep=0)  # a state whose loss is not finite is never saved
+        self.checkpointer.save(step, state, self.files(self.loader.get_state()))
+        self.last_saved = step
+
+    def _read(self, keep: int) -> None:
+        """Reads the metrics of all but the newest `keep` steps, which the device has finished."""
+        while len(self._pending) > keep:
+            step, arrays = self._pending.popleft()
+            metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
+            check_finite(step, metrics, self.last_saved)
+            if self._clock is None:
+                self._clock = (step, time.perf_counter())
+            if step % self.run.train.log_every == 0 or step == self.run.train.num_steps:
+                self.writer.write(step, {**metrics, **self._speed(step), **self._epochs()})
+
+    def _speed(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        before, then = self._clock
+        self._clock = (step, now)
+        return self.throughput((step - before) / (now - then)) if step > before else {}
+
+    def _epochs(self) -> dict[str, float]:
+        return {f"epoch/{name}": value for name, value in self.loader.epochs().items()}
