@@ -21,7 +21,7 @@ class AtomicFile:
     def __init__(self, path: Path):
         self._path = path
         self._temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-        self.file = open(self._temporary, "wb")
+        self.file = open(self._temporary, "wb")  # noqa: SIM115
 
     def commit(self) -> None:
         self.file.flush()

@@ -3,6 +3,7 @@
 import io
 import re
 import tokenize
+from collections.abc import Callable
 from typing import Literal
 
 from llm_jax.core.config import ConfigError
@@ -12,7 +13,9 @@ Undecodable = Literal["replace", "skip", "error"]
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def decode(raw: bytes, name: str, policy: Undecodable, head: bytes | None = None) -> dict:
+def decode(
+    raw: bytes, name: str, policy: Undecodable, head: Callable[[], bytes] | None = None
+) -> dict:
     """A source's record from a document's bytes.
 
     UTF-8 first; then, for a Python file, the coding that its first two lines declare (PEP 263).
@@ -21,7 +24,7 @@ def decode(raw: bytes, name: str, policy: Undecodable, head: bytes | None = None
       name: the document's name, for the record and for messages.
       policy: what becomes of bytes that have no meaning: each is replaced by U+FFFD, or the document
         is left out, or a ConfigError is raised.
-      head: the beginning of the Python file that `raw` is a piece of; None for other files.
+      head: reads the beginning of the Python file that `raw` is a piece of; None for other files.
 
     Returns:
       {"text", "name"} and, where bytes had no meaning, "undecodable": how many.
@@ -30,7 +33,7 @@ def decode(raw: bytes, name: str, policy: Undecodable, head: bytes | None = None
         return {"text": raw.decode("utf-8"), "name": name}
     except UnicodeDecodeError:
         pass
-    if head is not None and (text := _decode_declared(raw, head)) is not None:
+    if head is not None and (text := _decode_declared(raw, head())) is not None:
         return {"text": text, "name": name}
     return replace_surrogates(raw.decode("utf-8", "surrogateescape"), name, policy)
 
@@ -47,7 +50,7 @@ def replace_surrogates(text: str, name: str, policy: Undecodable) -> dict:
 
 
 def record_of(text: str, name: str, policy: Undecodable) -> dict:
-    """The record of a text that some parser made, which may hold lone surrogates ("\\ud800")."""
+    """The record of a text that some parser made, which may hold lone surrogates."""
     if text.isascii() or not _SURROGATES.search(text):
         return {"text": text, "name": name}
     return replace_surrogates(text, name, policy)

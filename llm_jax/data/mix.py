@@ -5,6 +5,8 @@ before it, are known for every r without a look at the others. Shares are rounde
 largest remainder, and a source with any weight gets at least one row in each 1024.
 """
 
+import math
+
 import numpy as np
 
 from llm_jax.core.config import ConfigError
@@ -20,20 +22,20 @@ def block_counts(weights: list[float], block: int = BLOCK) -> np.ndarray:
       ConfigError: a negative weight, no weight above 0, or more sources than rows.
     """
     for weight in weights:
-        if not weight >= 0:
-            raise ConfigError(f"a source has weight {weight}: expected a number >= 0")
+        if not 0 <= weight < math.inf:
+            raise ConfigError(f"a source has weight {weight}: expected a finite number >= 0")
     total = sum(weights)
-    wanted = sum(w > 0 for w in weights)
+    wanted = np.array(weights) > 0
     if total <= 0:
         raise ConfigError("every source has weight 0: give at least one a weight above 0")
-    if wanted > block:
-        raise ConfigError(f"{wanted} sources have a weight: at most {block} can be mixed")
+    if wanted.sum() > block:
+        raise ConfigError(f"{wanted.sum()} sources have a weight: at most {block} can be mixed")
     exact = np.array(weights) / total * block
-    counts = np.where(exact > 0, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
+    counts = np.where(wanted, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
     while counts.sum() != block:
         step = 1 if counts.sum() < block else -1
         gap = (exact - counts) * step
-        gap[(exact <= 0) | (counts + step < 1)] = -np.inf
+        gap[~wanted | (counts + step < 1)] = -np.inf
         counts[np.argmax(gap)] += step
     return counts
 

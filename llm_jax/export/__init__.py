@@ -1,0 +1,1 @@
+"""Trained models for other programs; one file per format, found by name."""

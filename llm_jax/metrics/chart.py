@@ -64,7 +64,7 @@ def line_chart(
         views.append(_view("log", buckets, x_of, marks))
     switch = _log_switch(checked=wide) if len(views) > 1 else ""
     notes = _losses(series) + (_reading(buckets, marks) if wide else [])
-    note = f'<p class="note">{html.escape("; ".join(notes))}.</p>' if notes else ""
+    note = f'<p class="note">{html.escape("; ".join(notes))}</p>' if notes else ""
     places = ticks(first, last, 5)
     x_ticks = "".join(
         f'<span style="left:{x_of(place):.2%}">{label}</span>'
@@ -112,13 +112,13 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers in [low, high], about `count` of them."""
-    if not high > low:
-        return [low]
     raw = (high - low) / count
+    if raw < 1e-300:
+        return [low]
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{i * step:.10g}") for i in range(first, last + 1)]
+    return [float(f"{i * step:.15g}") for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -132,25 +132,34 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [place for place in ticks(low, high, 4) if place > 0]
 
 
-def compact(value: float) -> str:
+def compact(value: float, digits: int = 4) -> str:
     """A number for a tile: 12.5k, 1.2B, 0.03, 3e-4."""
     size = abs(value)
     if value == 0 or 1e-2 <= size < 9999.5 or not math.isfinite(value):
-        return f"{value:.4g}"
+        return f"{value:.{digits}g}"
     for limit, suffix in SUFFIXES:
         if limit <= size < 1e15:
-            return f"{value / limit:.4g}{suffix}"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+            return f"{value / limit:.{digits}g}{suffix}"
+    mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
+    return f"{float(mantissa):.{digits}g}e{int(exponent)}"
 
 
 def tick_labels(places: Sequence[float]) -> list[str]:
-    """The ticks of one axis in one unit: 2.5k, 5k, 7.5k, 10k."""
+    """The ticks of one axis: in one unit (2.5k, 5k, 7.5k, 10k), no two alike."""
+    labels: list[str] = []
+    for digits in range(4, 16):
+        labels = _labels(places, digits)
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _labels(places: Sequence[float], digits: int) -> list[str]:
     top = max(map(abs, places))
-    if 1e4 <= top < 1e15 and top < 1e4 * min(abs(p) for p in places if p):
+    if 1e4 <= top < 1e15 and top < 1e4 * min(abs(place) for place in places if place):
         limit, suffix = next(unit for unit in SUFFIXES if unit[0] <= top)
-        return [f"{p / limit:.4g}{suffix}" if p else "0" for p in places]
-    return [compact(p) for p in places]
+        return [f"{p / limit:.{digits}g}{suffix}" if p else "0" for p in places]
+    return [compact(place, digits) for place in places]
 
 
 class _Scale:
@@ -193,9 +202,10 @@ def _view(kind: str, buckets: Sequence[Buckets], x_of: _Scale, marks: Sequence[f
         places = log_ticks(low, high)
     else:
         low, high = _span(extremes, pad=0.05)
-        if low < 0 <= _span(extremes, pad=0.0)[0]:
+        lowest, highest = _span(extremes, pad=0.0)
+        if low < 0 <= lowest:
             low = 0.0
-        places = ticks(low, high, 4)
+        places = ticks(low, high, 4) if highest > lowest else [lowest]
     y_of = _Scale(low, high, log=kind == "log")
     heights = [1 - y_of(place) for place in places]
     labels = "".join(

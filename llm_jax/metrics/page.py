@@ -31,7 +31,7 @@ section { margin-top: 46px; }
 code, pre, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
   monospace; font-size: 13px; }
 
-.tiles { display: grid; grid-template-columns: repeat(var(--columns), 1fr);
+.tiles { display: grid; max-width: calc(var(--columns) * 250px); grid-template-columns: repeat(var(--columns), 1fr);
   margin: 28px 0 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
 .tiles div { padding: 14px 16px 12px; display: flex; flex-direction: column-reverse;
   justify-content: flex-end; box-shadow: 1px 0 0 var(--line), 0 1px 0 var(--line),
@@ -69,7 +69,7 @@ svg .raw { stroke-width: 1; }
 svg .smooth { display: none; stroke-width: 1.75; }
 section:has(.use-smooth:checked) .smooth { display: inline; }
 section:has(.use-smooth:checked) .raw { opacity: .3; }
-.legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-size: 13px; color: var(--soft); }
+.legend { --dot: 9px; display: flex; flex-wrap: wrap; gap: 0 14px; font-size: 13px; color: var(--soft); }
 .key::before { content: ""; display: inline-block; width: 14px; height: 2.5px; margin-right: 6px;
   vertical-align: middle; border-radius: 2px; background: var(--own); }
 .legend b, .tip b { color: var(--ink); font-weight: 600; }
@@ -85,7 +85,7 @@ section:has(.use-smooth:checked) .raw { opacity: .3; }
 .hover.on .rule, .hover.on .tip { visibility: visible; }
 
 .compare { margin-top: 18px; }
-.row, .compare .axis { display: grid; grid-template-columns: minmax(70px, 24%) 1fr; gap: 14px;
+.row, .compare .axis { display: grid; grid-template-columns: var(--names, 24%) 1fr; gap: 14px;
   align-items: center; }
 .row { height: var(--row, 23px); break-inside: avoid; }
 .row:hover { background: var(--wash); }
@@ -96,7 +96,7 @@ section:has(.use-smooth:checked) .raw { opacity: .3; }
 .track i, .key.model::before, .key.gzip::before, .key.xz::before { width: var(--dot, 9px);
   height: var(--dot, 9px); }
 .track i { position: absolute; top: 50%; transform: translate(-50%, -50%); }
-.track .gap { height: 1.5px; width: auto; transform: none; background: var(--mark); opacity: .6; }
+.track .gap { height: var(--gap, 1.5px); width: auto; transform: none; background: var(--mark); opacity: .6; }
 .model, .key.model::before { background: var(--s0); border-radius: 50%; }
 .gzip, .key.gzip::before { background: var(--paper); border: 1.5px solid var(--s1);
   border-radius: 50%; }
@@ -136,13 +136,14 @@ section > details { margin-top: 16px; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .tiles dd { font-size: 19px; }
   .chart.wide { --height: 220px; }
-  .row, .compare .axis { grid-template-columns: 92px 1fr; gap: 10px; }
+  .row, .compare .axis { grid-template-columns: var(--names, 92px) 1fr; gap: 10px; }
 }
 @media print {
   body { font-size: 11pt; }
   main { max-width: none; padding: 0; }
   .switch, .hover { display: none; }
-  .sample, .tiles, .track i, .key::before { print-color-adjust: exact;
+  h2, summary { break-after: avoid; }
+  .sample, .track, .track i, .key::before { print-color-adjust: exact;
     -webkit-print-color-adjust: exact; }
 }
 """

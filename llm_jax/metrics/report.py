@@ -75,7 +75,7 @@ def write_report(
         _section("Environment", _facts(facts, "facts")),
     ]
     path = workdir / REPORT_FILE
-    replace_file(path, iter([document(title, sections).encode("utf-8", "replace")]))
+    replace_file(path, [document(title, sections).encode("utf-8", "replace")])
     return path
 
 
@@ -136,7 +136,7 @@ def _curves(columns: Mapping[str, Series], resumed: Sequence[int]) -> str:
         ]
         return line_chart(title, lines, marks=resumed, wide=wide) if lines else ""
 
-    loss = chart("Loss, nats per token", {"loss": "train", "eval/loss": "held-out"}, wide=True)
+    loss = chart("Loss", {"loss": "train", "eval/loss": "held-out"}, wide=True)
     small = [chart(title, {key: title}) for title, key in CHARTS.items()]
     shown = {"loss", "eval/loss", *CHARTS.values()}
     more = []
@@ -170,7 +170,7 @@ def _compression(files: Sequence[Mapping[str, Any]]) -> str:
     places = ticks(0.0, max(top * 1.02, 0.1), 6)
     end = max(top * 1.02, places[-1])
     rows = "".join(_row(f, end, named=len(shown) <= MAX_NAMED_ROWS) for f in shown)
-    size = "" if len(shown) <= MAX_NAMED_ROWS else "--row:5px;--dot:4px;"
+    size = "" if len(shown) <= MAX_NAMED_ROWS else "--row:5px;--dot:4px;--gap:.5px;--names:0px;"
     step = (places[1] - places[0]) / end if len(places) > 1 else 1
     marks = "".join(
         f'<span style="left:{place / end:.2%}">{label}</span>'

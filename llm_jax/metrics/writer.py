@@ -18,7 +18,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -127,7 +127,7 @@ def read_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 yield line, record
 
 
-def replace_file(path: Path, chunks: Iterator[bytes]) -> None:
+def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
     """Writes a file under another name and moves it over `path`: readers see all of it or nothing."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

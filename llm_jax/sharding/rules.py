@@ -35,10 +35,14 @@ DEFAULT_RULES: dict[str, MeshAxes] = {
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """A mesh and the rules on it."""
+    """A mesh and the rules on it; hashable, so it can be a static argument of a jitted function."""
 
     mesh: Mesh
-    rules: Mapping[str, MeshAxes] = dataclasses.field(default_factory=lambda: DEFAULT_RULES)
+    table: tuple[tuple[str, MeshAxes], ...] = tuple(DEFAULT_RULES.items())
+
+    @property
+    def rules(self) -> Mapping[str, MeshAxes]:
+        return dict(self.table)
 
     def sharding(
         self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array"

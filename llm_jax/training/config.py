@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_jax.core.config import ConfigError, nearest, parse, parse_component
-from llm_jax.data.pipeline import DataConfig, resolve_data
+from llm_jax.data.config import DataConfig, resolve_data
 from llm_jax.nn.precision import ComputeDtype
 from llm_jax.optim.make import OptimizerConfig
 from llm_jax.optim.schedule import ScheduleConfig

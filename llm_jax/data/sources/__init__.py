@@ -16,11 +16,9 @@ import numpy as np
 
 from llm_jax.core.config import ConfigError, component, to_dict
 from llm_jax.data.files import find_files
+from llm_jax.data.sources import jsonl, parquet
 
-_STRUCTURED = {
-    "parquet": (".parquet", ".pq"),
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson", ".ndjson.gz", ".ndjson.zst"),
-}
+_STRUCTURED = {"parquet": parquet.SUFFIXES, "jsonl": jsonl.SUFFIXES}
 _COMPANIONS = ("README*", "LICENSE*", "readme*", "license*")
 
 

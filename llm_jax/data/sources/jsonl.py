@@ -136,7 +136,9 @@ def _decompressed(packed: BinaryIO, name: str) -> BinaryIO:
         try:
             zstandard = importlib.import_module("zstandard")
         except ImportError:
-            raise ConfigError(f'data: {name} needs zstandard: pip install "llm_jax[zstd]"') from None
+            raise ConfigError(
+                f'data: {name} needs zstandard: pip install "llm_jax[zstd]"'
+            ) from None
         return zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
     return packed
 

@@ -115,4 +115,6 @@ def _pyarrow() -> tuple[Any, Any]:
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise ConfigError('a parquet source needs pyarrow: pip install "llm_jax[parquet]"') from None
+        raise ConfigError(
+            'a parquet source needs pyarrow: pip install "llm_jax[parquet]"'
+        ) from None

@@ -89,15 +89,11 @@ class TextSource:
         end = None if is_last else int(self._starts[index + 1])
         name = self._files.names[number]
         raw = self._files.read(number, start, end)
-        head = None
-        if name.endswith(".py"):
-            head = raw if start == 0 else self._head(number)
         is_whole = start == 0 and is_last
+        head = (
+            functools.partial(self._files.read, number, 0, 4096) if name.endswith(".py") else None
+        )
         return decode(raw, name if is_whole else f"{name}@{start}", self._policy, head)
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019: sources live as long as the process
-    def _head(self, number: int) -> bytes:
-        return self._files.read(number, 0, 4096)
 
 
 def make(config: Config, cache: Path) -> TextSource:

@@ -45,7 +45,9 @@ class TfdsSource:
             self._records = builder.as_data_source(split=config.split)
         except (ValueError, NotImplementedError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"data: tfds:{config.path} split {config.split!r}: {reason}") from None
+            raise ConfigError(
+                f"data: tfds:{config.path} split {config.split!r}: {reason}"
+            ) from None
         key = f"{builder.info.full_name} {config.split} {len(self._records)}"
         self.fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         if not len(self._records):

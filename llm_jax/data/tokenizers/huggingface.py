@@ -14,12 +14,7 @@ from typing import Any
 
 from llm_jax.core.config import ConfigError
 from llm_jax.data.tokenizers.huggingface_files import byte_level_alphabet, write_tokenizer_config
-from llm_jax.data.tokenizers.pieces import (
-    META_SPACE,
-    PieceTokenizer,
-    encode_around,
-    reject_surrogates,
-)
+from llm_jax.data.tokenizers.pieces import META_SPACE, MetaSpaceTokenizer, reject_surrogates
 
 _ROLES = ("bos_token", "eos_token", "pad_token")
 _PROBES = (
@@ -48,7 +43,7 @@ class Config:
     lossless: bool = True
 
 
-class HuggingFaceTokenizer(PieceTokenizer):
+class HuggingFaceTokenizer(MetaSpaceTokenizer):
     """Args: model: the content of tokenizer.json; roles: bos_token, eos_token, pad_token -> text."""
 
     name = "huggingface"
@@ -60,7 +55,11 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
         self._model = model
         self._roles = {role: roles[role] for role in _ROLES}
-        self._library = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
+        description = json.loads(model)
+        rule = _DecodingRule.of(description)
+        if rule is not None and rule.strips_space and _remove_dummy_prefix(description):
+            self._space = " "
+        self._library = tokenizers.Tokenizer.from_str(json.dumps(description))
         self._library.encode_special_tokens = True  # a literal "<s>" is text
         self._library.no_padding()
         self._library.no_truncation()
@@ -72,7 +71,6 @@ class HuggingFaceTokenizer(PieceTokenizer):
         added = self._library.get_added_tokens_decoder()
         special = {i: token.content for i, token in added.items() if token.special}
         special |= {self._id_of(text): text for text in self._roles.values()}
-        rule = _DecodingRule.of(json.loads(model))
         self._by_library = rule is None
         plain = {i for i, token in added.items() if not token.special}
         super().__init__(
@@ -86,26 +84,8 @@ class HuggingFaceTokenizer(PieceTokenizer):
             pad_id=self._id_of(self._roles["pad_token"]),
             prefix=b" " if rule is not None and rule.strips_space else b"",
         )
-        self._mark_ids = None
         if rule is not None and rule.meta_space:
             self._mark_ids = [self._id_of(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
-
-    def encode(self, text: str) -> list[int]:
-        reject_surrogates([text])
-        if self._mark_ids is not None and META_SPACE in text:
-            return encode_around(text, META_SPACE, self._mark_ids, self._encode)
-        return self._encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        texts = list(texts)
-        reject_surrogates(texts)
-        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        batch = [encoding.ids for encoding in encodings]
-        if self._mark_ids is not None:
-            for i, text in enumerate(texts):
-                if META_SPACE in text:
-                    batch[i] = encode_around(text, META_SPACE, self._mark_ids, self._encode)
-        return batch
 
     def decode(self, ids: Sequence[int]) -> str:
         if not self._by_library:
@@ -126,7 +106,13 @@ class HuggingFaceTokenizer(PieceTokenizer):
         write_tokenizer_config(directory, self._roles)
 
     def _encode(self, text: str) -> list[int]:
+        reject_surrogates([text])
         return self._library.encode(text, add_special_tokens=False).ids
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        reject_surrogates(texts)
+        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def _id_of(self, text: str) -> int:
         token_id = self._library.token_to_id(text)
@@ -155,7 +141,8 @@ class _DecodingRule:
             return None
         return cls(
             meta_space=any(
-                step.get("type") == "Replace" and step["pattern"].get("String") == META_SPACE
+                step.get("type") == "Metaspace"
+                or (step.get("type") == "Replace" and step["pattern"].get("String") == META_SPACE)
                 for step in steps
             ),
             strips_space=any(step.get("type") == "Strip" and step["start"] for step in steps),
@@ -169,6 +156,21 @@ class _DecodingRule:
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return bytes([int(text[3:5], 16)])
         return (text.replace(META_SPACE, " ") if self.meta_space else text).encode("utf-8")
+
+
+def _remove_dummy_prefix(tokenizer: dict[str, Any]) -> bool:
+    """Takes the step that puts a space before every text out of a tokenizer.json; was there one?"""
+    normalizer = tokenizer.get("normalizer") or {}
+    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+    kept = [step for step in steps if step.get("type") != "Prepend"]
+    if len(kept) < len(steps):
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+        return True
+    pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
+    if pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer["prepend_scheme"] != "never":
+        tokenizer["pre_tokenizer"] = {**pre_tokenizer, "prepend_scheme": "never"}
+        return True
+    return False
 
 
 def make(config: Config) -> HuggingFaceTokenizer:

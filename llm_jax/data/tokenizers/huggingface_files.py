@@ -36,24 +36,13 @@ def write_huggingface(
       roles: `bos_token`, `eos_token`, `pad_token`, `unk_token` -> text.
       plain_tokens: id -> text of tokens that are found in the text before anything else.
     """
-    added = [(i, text, True) for i, text in special_tokens.items()]
-    added += [(i, text, False) for i, text in (plain_tokens or {}).items()]
+    added = [_added_token(i, text, special=True) for i, text in special_tokens.items()]
+    added += [_added_token(i, text, special=False) for i, text in (plain_tokens or {}).items()]
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": special,
-            }
-            for i, text, special in sorted(added)
-        ],
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
@@ -122,6 +111,18 @@ def byte_level_alphabet() -> list[str]:
             alphabet.append(chr(spare))
             spare += 1
     return alphabet
+
+
+def _added_token(token_id: int, text: str, *, special: bool) -> dict[str, Any]:
+    return {
+        "id": token_id,
+        "content": text,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": special,
+    }
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -7,9 +7,11 @@ SentencePiece's own decoder would turn U+2581 into a space and drop a space at t
 import abc
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+from llm_jax.core.config import component
 
 META_FILE = "tokenizer_meta.json"
 META_SPACE = "▁"  # U+2581, how SentencePiece writes a space inside a piece
@@ -26,6 +28,7 @@ class PieceTokenizer(abc.ABC):
 
     name: ClassVar[str]
     model_file: ClassVar[str | None] = None
+    _num_threads: int | None = None
 
     def __init__(
         self,
@@ -44,6 +47,10 @@ class PieceTokenizer(abc.ABC):
             b"" if i in self.special_tokens else piece for i, piece in enumerate(piece_bytes)
         ]
         self._prefix = prefix
+
+    def __reduce__(self):
+        # Worker processes get a copy this way; the libraries' own pickles drop some of the settings.
+        return _rebuild, (self.name, self.model_bytes(), self.settings(), self._num_threads)
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -108,8 +115,52 @@ class PieceTokenizer(abc.ABC):
         }
 
 
+class MetaSpaceTokenizer(PieceTokenizer):
+    """A tokenizer whose library writes a space as U+2581 and so cannot tell the two apart.
+
+    Texts are cut at a literal U+2581, which becomes `_mark_ids` (its three byte pieces). So that only
+    the start of a text gets a dummy prefix, the prefix is `_space`, put there by this class.
+    """
+
+    _mark_ids: list[int] | None = None
+    _space: str = ""
+
+    @abc.abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abc.abstractmethod
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def encode(self, text: str) -> list[int]:
+        if self._space and text:
+            text = self._space + text
+        if self._mark_ids is not None and META_SPACE in text:
+            return self._encode_around_mark(text)
+        return self._encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        texts = list(texts)
+        if self._space:
+            texts = [self._space + text if text else text for text in texts]
+        batch = self._encode_batch(texts)
+        if self._mark_ids is not None:
+            for i, text in enumerate(texts):
+                if META_SPACE in text:
+                    batch[i] = self._encode_around_mark(text)
+        return batch
+
+    def _encode_around_mark(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(text.split(META_SPACE)):
+            if i:
+                ids += self._mark_ids
+            if part:
+                ids += self._encode(part)
+        return ids
+
+
 def show_bytes(piece: bytes) -> str:
-    """A piece for a person: `\\n` for a newline, `<0xE4>` for a byte that is no UTF-8."""
+    r"""A piece for a person: `\n` for a newline, `<0xE4>` for a byte that is no UTF-8."""
     shown = []
     for character in piece.decode("utf-8", errors="surrogateescape"):
         if "\udc80" <= character <= "\udcff":
@@ -133,14 +184,7 @@ def reject_surrogates(texts: Iterable[str]) -> None:
             ) from None
 
 
-def encode_around(
-    text: str, mark: str, mark_ids: list[int], encode: Callable[[str], list[int]]
-) -> list[int]:
-    """Ids of a text whose `mark` the library cannot tell from a space."""
-    ids: list[int] = []
-    for i, part in enumerate(text.split(mark)):
-        if i:
-            ids += mark_ids
-        if part:
-            ids += encode(part)
-    return ids
+def _rebuild(
+    name: str, model: bytes, settings: dict[str, Any], num_threads: int | None
+) -> PieceTokenizer:
+    return component("data.tokenizers", name).from_model(model, settings, num_threads)

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_SCORE = 2  # in a piece
 # A message that comes twice is merged and the last scalar wins, so an override is a suffix:
 # normalizer_spec { add_dummy_prefix: false }.
 NO_DUMMY_PREFIX = bytes([_NORMALIZER << 3 | 2, 2, 3 << 3, 0])
@@ -67,13 +68,13 @@ def read_model(data: bytes) -> Model:
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     try:
-        for number, value in _fields(data):
+        for number, value, _ in _fields(data):
             if number == _PIECES:
-                pieces.append(_piece(dict(_fields(value))))
+                pieces.append(_piece(_message(value)))
             elif number == _TRAINER:
-                trainer.update(_fields(value))
+                trainer.update(_message(value))
             elif number == _NORMALIZER:
-                normalizer.update(_fields(value))
+                normalizer.update(_message(value))
     except (IndexError, TypeError, ValueError, KeyError, struct.error):
         pieces = []
     if not pieces:
@@ -90,20 +91,43 @@ def read_model(data: bytes) -> Model:
     )
 
 
+def round_scores(data: bytes, steps: int) -> bytes:
+    """The same model with every score a multiple of 1 / steps.
+
+    SentencePiece adds unigram scores in float32, others in float64: unrounded, the sums of two equally
+    good segmentations differ in the last bit, and each library picks another one. Multiples of a
+    negative power of two add up exactly in both, up to a sum of 2**24 / steps.
+    """
+    rounded = bytearray(data)
+    for number, piece, piece_end in _fields(data):
+        if number != _PIECES:
+            continue
+        for inner, score, end in _fields(piece):
+            if inner == _SCORE:
+                at = piece_end - len(piece) + end - 4
+                value = round(struct.unpack("<f", score)[0] * steps) / steps
+                rounded[at : at + 4] = struct.pack("<f", value)
+    return bytes(rounded)
+
+
 def _piece(fields: dict[int, int | bytes]) -> Piece:
-    score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
+    score = struct.unpack("<f", fields[_SCORE])[0] if _SCORE in fields else 0.0
     return Piece(fields[1].decode("utf-8"), score, PieceType(fields.get(3, PieceType.NORMAL)))
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, varint or raw bytes) of each field of a message."""
+def _message(data: bytes) -> dict[int, int | bytes]:
+    return {number: value for number, value, _ in _fields(data)}
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, int]]:
+    """(field number, varint or raw bytes, where it ends) of each field of a message."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
         number, wire_type = tag >> 3, tag & 7
         if wire_type == 0:
             value, at = _varint(data, at)
-            yield number, value
+            yield number, value, at
             continue
         if wire_type == 2:
             size, at = _varint(data, at)
@@ -111,7 +135,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             size = {1: 8, 5: 4}[wire_type]
         if at + size > len(data):
             raise ValueError("truncated")
-        yield number, data[at : at + size]
+        yield number, data[at : at + size], at + size
         at += size
 
 

@@ -101,7 +101,7 @@ class TiktokenTokenizer(PieceTokenizer):
         self._model = model
         self._ranks = _read_ranks(model)
         self._settings = {"pattern_of": pattern_of, "end_of_text": end_of_text}
-        self._num_threads = num_threads or os.cpu_count() or 1
+        self._num_threads = num_threads
         self._library = tiktoken.Encoding(
             name=pattern_of,
             pat_str=ENCODINGS[pattern_of].pattern,
@@ -126,7 +126,8 @@ class TiktokenTokenizer(PieceTokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         texts = list(texts)
         reject_surrogates(texts)
-        return self._library.encode_ordinary_batch(texts, num_threads=self._num_threads)
+        num_threads = self._num_threads or os.cpu_count() or 1
+        return self._library.encode_ordinary_batch(texts, num_threads=num_threads)
 
     def model_bytes(self) -> bytes:
         return self._model

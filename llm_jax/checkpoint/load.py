@@ -1,0 +1,113 @@
+"""A trained model, its config and its tokenizer, from nothing but a checkpoint."""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from llm_jax.checkpoint.manager import Checkpointer
+from llm_jax.core.config import ConfigError, component
+from llm_jax.core.types import Model, Tokenizer
+from llm_jax.data.tokenizers import load_tokenizer
+from llm_jax.nn.precision import ComputeDtype, Precision
+from llm_jax.sharding.rules import AxisRules, logical_axes, shardings_for
+from llm_jax.training.config import RunConfig, resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """model: float32 parameters, layers stacked; run: the config it was trained by."""
+
+    model: Model
+    run: RunConfig
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_model(
+    directory: Path,
+    step: int | None = None,
+    *,
+    mesh: Mesh | None = None,
+    compute_dtype: ComputeDtype | None = None,
+) -> LoadedModel:
+    """The model of a run.
+
+    Args:
+      directory: a run's --workdir, or the folder of its checkpoints.
+      step: None is the newest.
+      mesh: where the parameters go, in shares by the default rules; None is the first device.
+      compute_dtype: None is that of training.
+
+    Raises:
+      ConfigError: no such step (lists those there are), an unreadable checkpoint, or arrays that
+        do not fit the model of its own config.
+    """
+    checkpointer = Checkpointer(_checkpoints(Path(directory)))
+    try:
+        step = _choose(checkpointer, step)
+        files = checkpointer.run_files(step)
+        run = resolve(files.config)
+        device = mesh.devices.flat[0] if mesh is not None else jax.local_devices()[0]
+        precision = Precision.on(device.platform, compute_dtype or run.train.compute_dtype)
+        make = component("models", run.model.name).make
+        abstract = nnx.eval_shape(lambda: make(run.model, precision=precision, rngs=nnx.Rngs(0)))
+        graphdef, params, extra = nnx.split(abstract, nnx.Param, ...)
+        arrays = checkpointer.restore_params(step, _placed(params, extra, mesh, device))
+    finally:
+        checkpointer.close()
+    model = nnx.merge(graphdef, nnx.State(arrays["params"]), nnx.State(arrays["extra"]))
+    return LoadedModel(model, run, _tokenizer(files.tokenizer), step)
+
+
+def _checkpoints(directory: Path) -> Path:
+    """Names of steps are numbers, so a folder that has some is the one meant."""
+    inside = directory / "checkpoints"
+    holds_steps = directory.is_dir() and any(p.name.isdigit() for p in directory.iterdir())
+    return directory if holds_steps and not inside.is_dir() else inside
+
+
+def _choose(checkpointer: Checkpointer, step: int | None) -> int:
+    steps = checkpointer.steps()
+    if not steps:
+        raise ConfigError(f"no finished checkpoint in {checkpointer.directory}")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        there = ", ".join(map(str, steps))
+        raise ConfigError(
+            f"no checkpoint of step {step} in {checkpointer.directory}; steps: {there}"
+        )
+    return step
+
+
+def _placed(
+    params: nnx.State, extra: nnx.State, mesh: Mesh | None, device: jax.Device
+) -> dict[str, Any]:
+    """Shapes with the shardings to restore onto."""
+    shapes = {"params": nnx.to_pure_dict(params), "extra": nnx.to_pure_dict(extra)}
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), shapes)
+    else:
+        rules = AxisRules(mesh)
+        shardings = {
+            "params": shardings_for(shapes["params"], logical_axes(params), rules),
+            "extra": jax.tree.map(lambda _: rules.replicated(), shapes["extra"]),
+        }
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def _tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return load_tokenizer(Path(folder))

@@ -1,0 +1,296 @@
+"""From a prepared corpus to batches: `make_loader`.
+
+Batch n is a pure function of the config and n (and, in mode "stream", of the slots' cursors), global
+over all processes: process p of P takes rows p * B/P .. (p + 1) * B/P. A Grain dataset whose element
+is a whole batch does the reading ahead, so Grain's cost is paid once a batch, and the objective's
+transforms are applied to whole batches.
+"""
+
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from llm_jax.core.config import ConfigError
+from llm_jax.core.types import Objective, Tokenizer
+from llm_jax.data.config import DataConfig, resolve_data, shards_folder
+from llm_jax.data.documents import DocumentReader, problems
+from llm_jax.data.prepare import document_order, source_threshold
+from llm_jax.data.rows import HeldOutBatches, RowShape, TrainBatches, open_held_out, open_train
+from llm_jax.data.shards import ShardIndex
+from llm_jax.data.sources import open_source, source_key
+from llm_jax.data.stream import (
+    DocumentStream,
+    HeldOutStream,
+    StreamSource,
+    TrainStream,
+)
+from llm_jax.data.tokenizers import fingerprint
+
+__all__ = ["DataConfig", "Loader", "make_loader", "merge_states", "resolve_data"]
+
+Split = Literal["train", "held_out"]
+_ENDLESS = 1 << 40
+
+
+class Loader:
+    """Batches of this process, in order; "train" is endless, "held_out" ends.
+
+    Attributes:
+      num_batches: None where it is endless or not known before it is read.
+      close: stops reading ahead; called without arguments.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, rows: "_Rows", process_count: int):
+        self._iterator = iter(dataset)
+        self._rows, self._process_count = rows, process_count
+        self.num_batches = rows.num_batches
+        # At exit, before the interpreter takes apart what Grain's own __del__ needs.
+        self.close = weakref.finalize(self, self._iterator.close)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """What the objective makes of the rows: each array has batch_size / process_count first."""
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able, valid for any process count; where there are several, all must call this."""
+        state = self.local_state()
+        if self._process_count == 1 or "documents" not in state:
+            return state
+        from jax.experimental import multihost_utils
+
+        # int32: JAX would silently drop the upper half of int64.
+        cursors = np.array([state["documents"], state["offsets"]], np.int32)
+        gathered = np.asarray(multihost_utils.process_allgather(cursors))  # [P, 2, b]
+        states = [
+            {"batch": state["batch"], "documents": d.tolist(), "offsets": o.tolist()}
+            for d, o in gathered
+        ]
+        return merge_states(states)
+
+    def local_state(self) -> dict[str, Any]:
+        """This process's part of the state, for `merge_states`."""
+        state = self._iterator.get_state()
+        return {"batch": state["next_index"]} if "next_index" in state else state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """The next batch is the one that would have come after `state` was got.
+
+        Raises:
+          ConfigError: the state is of another mode or batch size.
+        """
+        self._iterator.set_state(self._rows.local_part(state))
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been gone through, by source key (here: by local slots)."""
+        return self._rows.epochs(self.local_state())
+
+    def problems(self) -> list[str]:
+        """What was wrong with the documents, one sentence each; see also `prepare`."""
+        return self._rows.problems()
+
+
+def make_loader(
+    data: DataConfig,
+    *,
+    workdir: Path,
+    tokenizer: Tokenizer,
+    objective: Objective,
+    batch_size: int,
+    split: Split = "train",
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """The batches of a run whose data `prepare(data, workdir)` has made.
+
+    Args:
+      batch_size: rows of the global batch.
+      split: "train" is endless and shuffled; "held_out" is finite and in order, its last batch padded.
+
+    Raises:
+      ConfigError: batch_size does not divide among the processes; the data is not prepared, or was
+        with another tokenizer.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise ConfigError(
+            f"batch_size = {batch_size}: expected a positive multiple of the {process_count} processes"
+        )
+    if not 0 <= process_index < process_count:
+        raise ConfigError(f"process_index = {process_index}: expected 0..{process_count - 1}")
+    local = batch_size // process_count
+    slots = range(process_index * local, (process_index + 1) * local)
+    length = objective.row_length(data.sequence_length)
+    shape = RowShape.of(data.sequence_length, length)
+    make = _StreamedRows if data.mode == "stream" else _ShardedRows
+    rows = make(data, Path(workdir), tokenizer, batch_size, slots, split, shape)
+    dataset = rows.dataset(objective.transforms(tokenizer))
+    return Loader(dataset, rows, process_count)
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run's state from every process's `Loader.local_state()`, in the processes' order."""
+    merged = {"batch": states[0]["batch"]}
+    for key in ("documents", "offsets"):
+        if key in states[0]:
+            merged[key] = [value for state in states for value in state[key]]
+    return merged
+
+
+class _Rows:
+    """How one mode makes rows, and what its state means."""
+
+    num_batches: int | None = None
+
+    def dataset(self, transforms: list) -> grain.IterDataset:
+        raise NotImplementedError
+
+    def local_part(self, state: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def epochs(self, state: dict[str, Any]) -> dict[str, float]:
+        raise NotImplementedError
+
+    def problems(self) -> list[str]:
+        raise NotImplementedError
+
+
+class _ShardedRows(_Rows):
+    def __init__(
+        self,
+        data: DataConfig,
+        workdir: Path,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        slots: range,
+        split: Split,
+        shape: RowShape,
+    ):
+        self._data, self._batch_size, self._slots, self._shape = data, batch_size, slots, shape
+        folder = shards_folder(data, workdir)
+        self._indices = [_finished_index(folder, source, tokenizer) for source in data.sources]
+        self._batches: TrainBatches | HeldOutBatches
+        if split == "train":
+            weights = [source.weight for source in data.sources]
+            self._batches = open_train(self._indices, weights, data.shuffle_seed, shape)
+        else:
+            self._batches = open_held_out(self._indices, shape)
+            self.num_batches = -(-len(self._batches) // batch_size)
+
+    def dataset(self, transforms: list) -> grain.IterDataset:
+        count = _ENDLESS if self.num_batches is None else self.num_batches
+        dataset = grain.MapDataset.range(count).map(self._read).apply(transforms)
+        options = grain.ReadOptions(
+            num_threads=self._data.num_threads,
+            prefetch_buffer_size=self._data.prefetch_batches if self._data.num_threads else 0,
+        )
+        return dataset.to_iter_dataset(options)
+
+    def _read(self, batch: int) -> dict[str, np.ndarray]:
+        first = batch * self._batch_size
+        numbers = np.arange(first + self._slots.start, first + self._slots.stop, dtype=np.int64)
+        return {"rows": self._batches.rows(numbers, self._shape.length), "row_ids": numbers}
+
+    def local_part(self, state: dict[str, Any]) -> dict[str, Any]:
+        if state.keys() != {"batch"}:
+            raise ConfigError("the loader's state is of data.mode = 'stream', not 'shards'")
+        return {"next_index": state["batch"]}
+
+    def epochs(self, state: dict[str, Any]) -> dict[str, float]:
+        done = self._batches.epochs(state["batch"] * self._batch_size)
+        return dict(zip((index.folder.name for index in self._indices), done, strict=True))
+
+    def problems(self) -> list[str]:
+        return [
+            f"{index.source['path']}: {line}"
+            for index in self._indices
+            for line in problems(index.counts)
+        ]
+
+
+class _StreamedRows(_Rows):
+    def __init__(
+        self,
+        data: DataConfig,
+        workdir: Path,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        slots: range,
+        split: Split,
+        shape: RowShape,
+    ):
+        self._data, self._batch_size, self._slots, self._split = data, batch_size, slots, split
+        cache = shards_folder(data, workdir) / "cache"
+        self._sources = [_stream_source(data, config, cache) for config in data.sources]
+        if split == "train":
+            self._documents = DocumentStream(
+                self._sources, tokenizer, data.shuffle_seed, data.malformed_fraction_max
+            )
+            self._stream = TrainStream(self._documents, batch_size, slots, shape)
+        else:
+            self._stream = HeldOutStream(self._sources, tokenizer, batch_size, slots, shape)
+
+    def dataset(self, transforms: list) -> grain.IterDataset:
+        ahead = self._data.prefetch_batches if self._data.num_threads else 0
+        return grain.experimental.ThreadPrefetchIterDataset(
+            self._stream.apply(transforms), prefetch_buffer_size=ahead
+        )
+
+    def local_part(self, state: dict[str, Any]) -> dict[str, Any]:
+        if self._split == "held_out":
+            return {"batch": state["batch"]}
+        if "documents" not in state:
+            raise ConfigError("the loader's state is of data.mode = 'shards', not 'stream'")
+        if len(state["documents"]) != self._batch_size:
+            raise ConfigError(
+                f"batch_size = {self._batch_size}: a stream resumes only with the batch size it was "
+                f"saved with, {len(state['documents'])}"
+            )
+        part = slice(self._slots.start, self._slots.stop)
+        return {key: v if key == "batch" else v[part] for key, v in state.items()}
+
+    def epochs(self, state: dict[str, Any]) -> dict[str, float]:
+        if self._split == "held_out":
+            done = [0.0] * len(self._sources)
+        else:
+            done = self._documents.epochs(int(np.mean(state["documents"]) * self._batch_size))
+        keys = map(source_key, self._data.sources)
+        return dict(zip(keys, done, strict=True))
+
+    def problems(self) -> list[str]:
+        return [
+            f"{source.path}: {line}"
+            for source in self._sources
+            for line in problems(source.reader.counts)
+        ]
+
+
+def _stream_source(data: DataConfig, config: Any, cache: Path) -> StreamSource:
+    source = open_source(config, cache)
+    return StreamSource(
+        path=config.path,
+        size=len(source),
+        weight=config.weight,
+        order=document_order(source, config, data.shuffle_seed),
+        reader=DocumentReader(source, source_threshold(data, source)),
+    )
+
+
+def _finished_index(folder: Path, source: Any, tokenizer: Tokenizer) -> ShardIndex:
+    place = folder / source_key(source)
+    index = ShardIndex.load(place)
+    if index is None or not index.complete:
+        raise ConfigError(
+            f"data: {source.path!r} has no finished shards in {place}: run llm_jax.prepare first"
+        )
+    if index.plan.tokenizer != fingerprint(tokenizer):
+        raise ConfigError(
+            f"the shards in {place} were made with tokenizer {index.plan.tokenizer[:12]}, this one is "
+            f"{fingerprint(tokenizer)[:12]}: use the one in {folder / 'tokenizer'} or prepare again"
+        )
+    return index

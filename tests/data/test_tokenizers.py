@@ -1,0 +1,387 @@
+"""Every tokenizer gives back every text, never yields a special token, and equals its export."""
+
+import base64
+import collections
+import io
+import itertools
+import json
+import pickle
+import sysconfig
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llm_jax.core.config import ConfigError, parse_component
+from llm_jax.data import tokenizers
+from llm_jax.data.tokenizers import huggingface, raw_bytes, sentencepiece, tiktoken
+from llm_jax.data.tokenizers.sentencepiece_proto import read_model
+from llm_jax.data.tokenizers.training_sample import sample_chunks
+
+KINDS = [
+    "bpe",
+    "unigram",
+    "dummy_prefix",
+    "raw_bytes",
+    "tiktoken",
+    "hf_byte_level",
+    "hf_llama",
+    "hf_metaspace",
+]
+
+AWKWARD = [
+    "",
+    " ",
+    "  a   b ",
+    "\x00",
+    "a\x00b",
+    "\r\n\r\n",
+    "\t\tx\n\n    y\n        z",
+    "▁",
+    " ▁x▁ ▁▁y ▁",
+    "<s>",
+    "</s><unk><pad> <|endoftext|>",
+    "<0x41><0xE4>",
+    "\ufeffx",
+    "e\u0301 \u1100\u1161 ﬁ Ａ",
+    "中文字符 测试，标点。",
+    "😀👨‍👩‍👧 \U0010ffff",
+    "\u2585 \u2047 ⁇ \u00a0\u2028",
+    "def __init__(self, x):\n        return self.x  # ok\n",
+    "'ll 1234567 don't \n \n  \n",
+]
+TEXTS = st.text(max_size=60) | st.lists(
+    st.sampled_from(
+        [" ", "    ", "\n", "\r\n", "\t", "▁", "self.", "=", "<s>", "é", "中", "1", "..."]
+    )
+).map("".join)
+
+
+def stdlib_texts(count: int) -> list[str]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return [path.read_text(encoding="utf-8") for path in sorted(folder.glob("[a-h]*.py"))[:count]]
+
+
+def small_sentencepiece(**options):
+    config = sentencepiece.Config(**{"vocab_size": 700, "training_bytes": 150_000, **options})
+    return tokenizers.make_tokenizer(config, lambda: stdlib_texts(12))
+
+
+def write_ranks(path: Path, text: str, num_merges: int) -> None:
+    """Byte-level BPE in its textbook form, over words."""
+    words = collections.Counter(tuple(bytes([b]) for b in (" " + w).encode()) for w in text.split())
+    pieces = [bytes([b]) for b in range(256)]
+    for _ in range(num_merges):
+        pairs = collections.Counter()
+        for word, count in words.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += count
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merged = collections.Counter()
+        for word, count in words.items():
+            joined = []
+            for piece in word:
+                if joined and (joined[-1], piece) == best:
+                    joined[-1] += piece
+                else:
+                    joined.append(piece)
+            merged[tuple(joined)] += count
+        words = merged
+        pieces.append(b"".join(best))
+    lines = [
+        f"{base64.b64encode(piece).decode()} {i}" for i, piece in enumerate(dict.fromkeys(pieces))
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def train_like_llama(**options) -> bytes:
+    """A `.model` with a dummy prefix, as Llama 2 has."""
+    import sentencepiece as library
+
+    model = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in stdlib_texts(4) for line in text.splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=500,
+        minloglevel=2,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        **options,
+    )
+    return model.getvalue()
+
+
+def llama_tokenizer_json(directory: Path, tokenizer) -> None:
+    """The classic layout: U+2581 by a normalizer, swapped back and stripped by the decoder."""
+    tokenizer.save_huggingface(directory)
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    model = content["model"]
+    model["vocab"] = {text.replace(" ", "▁"): i for text, i in model["vocab"].items()}
+    model["merges"] = [[part.replace(" ", "▁") for part in pair] for pair in model["merges"]]
+    swap = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    swap_back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [prepend, swap]}
+    content["decoder"]["decoders"].insert(0, swap_back)
+    path.write_text(json.dumps(content))
+
+
+def metaspace_tokenizer_json(directory: Path, tokenizer) -> None:
+    """The newer layout of the same: a pre-tokenizer instead of the normalizer."""
+    llama_tokenizer_json(directory, tokenizer)
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "first",
+        "split": False,
+    }
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "llama.model").write_bytes(train_like_llama())
+    write_ranks(folder / "own.tiktoken", " ".join(stdlib_texts(1))[:20_000], 150)
+    result = {
+        "bpe": small_sentencepiece(),
+        "unigram": small_sentencepiece(model_type="unigram", training_bytes=60_000),
+        "dummy_prefix": sentencepiece.make(sentencepiece.Config(path=str(folder / "llama.model"))),
+        "raw_bytes": raw_bytes.make(raw_bytes.Config()),
+        "tiktoken": tiktoken.make(tiktoken.Config(encoding=str(folder / "own.tiktoken"))),
+    }
+    result["tiktoken"].save_huggingface(folder / "byte_level")
+    llama_tokenizer_json(folder / "llama", result["dummy_prefix"])
+    metaspace_tokenizer_json(folder / "metaspace", result["dummy_prefix"])
+    for name in ("byte_level", "llama", "metaspace"):
+        config = huggingface.Config(path=str(folder / name))
+        result[f"hf_{name}"] = huggingface.make(config)
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_text_comes_back_and_has_no_special_token(made, kind):
+    tokenizer = made[kind]
+
+    def check(text):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not set(ids) & set(tokenizer.special_tokens)
+        whole = tokenizer.decode_bytes(ids)
+        assert whole.removeprefix(tokenizer._prefix) == text.encode()
+        assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == whole
+        special = [tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]
+        assert tokenizer.decode(special) == text
+
+    for text in AWKWARD:
+        check(text)
+    settings(max_examples=120, deadline=None, derandomize=True)(given(TEXTS)(check))()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_equals_single(made, kind):
+    tokenizer = made[kind]
+    texts = (*AWKWARD, *stdlib_texts(2))
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch([]) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lone_surrogates_are_named(made, kind):
+    with pytest.raises(ValueError, match=r"lone surrogate '\\ud800' at character"):
+        made[kind].encode("ab\ud800")
+    with pytest.raises(ValueError, match=r"lone surrogate '\\ud800' at character"):
+        made[kind].encode_batch(["fine", "ab\ud800▁"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_load_pickle(made, kind, tmp_path):
+    tokenizer = made[kind]
+    tokenizer.save(tmp_path)
+    for again in (tokenizers.load_tokenizer(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert tokenizers.fingerprint(again) == tokenizers.fingerprint(tokenizer)
+        assert again.encode_batch(AWKWARD) == tokenizer.encode_batch(AWKWARD)
+        assert (again.vocab_size, again.bos_id) == (tokenizer.vocab_size, tokenizer.bos_id)
+
+
+def test_fingerprints_differ(made):
+    assert len({tokenizers.fingerprint(made[kind]) for kind in KINDS}) == len(KINDS)
+
+
+def test_a_changed_model_is_refused(made, tmp_path):
+    made["bpe"].save(tmp_path)
+    made["unigram"].save(tmp_path / "other")
+    (tmp_path / "tokenizer.model").write_bytes((tmp_path / "other/tokenizer.model").read_bytes())
+    with pytest.raises(ConfigError, match="is not the model that tokenizer_meta"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_out_of_range_are_refused(made, kind):
+    for wrong in (-1, made[kind].vocab_size):
+        with pytest.raises(ValueError, match=f"token id {wrong} is outside 0.."):
+            made[kind].decode([5, wrong])
+
+
+def test_pieces_for_people(made):
+    tokenizer = made["bpe"]
+    shown = {tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size)}
+    assert {"<s>", "<0xE4>", "\\n", "self"} <= shown
+    assert not any("\n" in piece or "▁" in piece for piece in shown)
+    raw = made["raw_bytes"]
+    assert [raw.id_to_piece(i) for i in (0xE4, 10, 65, 92, 256)] == [
+        "<0xE4>",
+        "\\n",
+        "A",
+        "\\\\",
+        "<s>",
+    ]
+
+
+def test_half_a_character_can_be_held_back(made):
+    for kind in KINDS:
+        ids = made[kind].encode("😀")
+        assert made[kind].decode_bytes(ids[:-1]) in made[kind].decode_bytes(ids)
+    assert made["raw_bytes"].decode(made["raw_bytes"].encode("é")[:1]) == "\ufffd"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_gives_the_same_ids(made, kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = made[kind]
+    tokenizer.save_huggingface(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for role in ("bos", "eos", "pad"):
+        assert getattr(theirs, f"{role}_token_id") == getattr(tokenizer, f"{role}_id")
+
+    def check(text):
+        if kind in ("hf_llama", "hf_metaspace") and ("▁" in text or text.startswith(" ")):
+            return  # the given tokenizer.json itself loses these
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == text
+
+    for text in [*AWKWARD, *stdlib_texts(3)]:
+        check(text)
+    settings(max_examples=100, deadline=None, derandomize=True)(given(TEXTS)(check))()
+
+
+def test_training_is_deterministic_whatever_the_threads():
+    for model_type in ("bpe", "unigram"):
+        models = {
+            small_sentencepiece(
+                model_type=model_type, num_threads=threads, training_bytes=50_000
+            ).model_bytes()
+            for threads in (1, 2, None)
+        }
+        assert len(models) == 1
+
+
+def test_pieces_know_lines_and_indentation():
+    tokenizer = small_sentencepiece(vocab_size=2048, training_bytes=1_000_000)
+    pieces = {tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size)}
+    assert {"        ", "self."} <= pieces
+    assert any("\\n    " in piece for piece in pieces)
+    unseen = Path(sysconfig.get_paths()["stdlib"], "textwrap.py").read_text()
+    assert len(unseen.encode()) / len(tokenizer.encode(unseen)) > 2.8
+
+
+def test_the_progress_is_told():
+    lines = []
+    config = sentencepiece.Config(vocab_size=400, training_bytes=20_000)
+    tokenizers.make_tokenizer(config, lambda: stdlib_texts(3), lines.append)
+    assert len(lines) == 2
+    assert lines[0].startswith("training sentencepiece bpe on 0.0")
+
+
+def test_the_sample_is_bounded_even_and_stops_reading():
+    texts = [f"{i:05d}\n" + "x" * 2000 for i in range(1000)]
+    chunks = sample_chunks(texts, max_bytes=100_000, scan_bytes=10**9)
+    assert 50_000 <= sum(map(len, chunks)) <= 100_000
+    numbers = [int(chunk[:5]) for chunk in chunks]
+    assert {b - a for a, b in itertools.pairwise(numbers)} == {numbers[1] - numbers[0]}
+    assert numbers[0] < 40
+    assert numbers[-1] > 960
+    assert sample_chunks(texts, max_bytes=100_000, scan_bytes=10**9) == chunks
+    seen = []
+    sample_chunks((seen.append(text) or text for text in texts), max_bytes=9000, scan_bytes=50_000)
+    assert len(seen) < 30
+
+
+@given(st.lists(st.text(max_size=30)))
+@example(["a▁b\n" * 3000, "\n" * 9000])
+@settings(max_examples=40, deadline=None)
+def test_a_sample_of_everything_is_everything(texts):
+    chunks = sample_chunks(texts, max_bytes=10**9, scan_bytes=10**9)
+    assert b"".join(chunks).decode() == "".join(texts).replace("▁", "")
+
+
+def test_wrong_configs_give_one_line(tmp_path):
+    (tmp_path / "bad.model").write_bytes(b"nonsense")
+    (tmp_path / "bad.tiktoken").write_text("nonsense\n")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "cut.model").write_bytes(train_like_llama()[:5000])
+    cases = [
+        ({"name": "sentencepeace"}, "did you mean 'sentencepiece'"),
+        ({"name": "sentencepiece", "vocab_size": 100}, "vocab_size = 100: must exceed 260"),
+        ({"name": "sentencepiece", "model_type": "bpee"}, "did you mean 'bpe'"),
+        ({"name": "sentencepiece", "path": "nowhere.model"}, "no SentencePiece model at nowhere"),
+        ({"name": "sentencepiece", "path": f"{tmp_path}/bad.model"}, "not a SentencePiece model"),
+        ({"name": "sentencepiece", "path": f"{tmp_path}/cut.model"}, "not a SentencePiece model"),
+        ({"name": "tiktoken", "encoding": "cl100k_bass"}, "did you mean 'cl100k_base'"),
+        ({"name": "tiktoken", "encoding": f"{tmp_path}/bad.tiktoken"}, "line 1 is not"),
+        ({"name": "huggingface"}, "huggingface needs path"),
+        ({"name": "huggingface", "path": "nowhere"}, "no tokenizer.json at nowhere"),
+        ({"name": "huggingface", "path": str(tmp_path)}, "is no tokenizer.json"),
+        ({"name": "raw_bytes", "vocab_size": 300}, "raw_bytes has 259"),
+    ]
+    for section, message in cases:
+        with pytest.raises(ConfigError, match=message) as error:
+            tokenizers.make_tokenizer(
+                parse_component("data.tokenizers", section, "tokenizer"), list
+            )
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="no text to train"):
+        tokenizers.make_tokenizer(sentencepiece.Config(), list)
+    with pytest.raises(ConfigError, match="cannot train 262 pieces"):
+        small_sentencepiece(vocab_size=262)
+    with pytest.raises(ConfigError, match="no tokenizer in"):
+        tokenizers.load_tokenizer(tmp_path / "none")
+
+
+def test_no_network_for_a_known_encoding(made, tmp_path, monkeypatch):
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    with pytest.raises(ConfigError, match=r"download https://.*cl100k_base.tiktoken"):
+        tiktoken.make(tiktoken.Config())
+    (tmp_path / "cl100k_base.tiktoken").write_bytes(made["tiktoken"].model_bytes())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert tiktoken.make(tiktoken.Config()).eos_id == 100257
+
+
+@pytest.mark.parametrize("pattern_of", list(tiktoken.ENCODINGS))
+def test_word_patterns_agree_with_transformers(made, pattern_of, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tiktoken.TiktokenTokenizer(made["tiktoken"].model_bytes(), pattern_of, 1000)
+    tokenizer.save_huggingface(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*AWKWARD, *stdlib_texts(2)]:
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+
+
+def test_lossy_models_need_consent(tmp_path):
+    model = train_like_llama()
+    (tmp_path / "llama.model").write_bytes(model + bytes([3 << 3 | 2, 2, 4 << 3, 1]))
+    path = str(tmp_path / "llama.model")
+    assert read_model(Path(path).read_bytes()).remove_extra_whitespaces
+    with pytest.raises(ConfigError, match="it removes repeated spaces; lossless=False"):
+        sentencepiece.make(sentencepiece.Config(path=path))
+    tokenizer = sentencepiece.make(sentencepiece.Config(path=path, lossless=False))
+    assert tokenizer.decode(tokenizer.encode("def  f")) == "def f"

@@ -1,0 +1,98 @@
+"""FLOPs against PaLM's closed form and against what XLA counts; MFU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llm_jax.metrics.throughput import PEAK_FLOPS, mfu, peak_flops, transformer_flops
+
+SHAPE = {
+    "num_layers": 3,
+    "embed_dim": 64,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "mlp_dim": 96,
+    "gated": True,
+    "vocab_size": 160,
+    "sequence_length": 32,
+    "causal_half": False,
+}
+
+
+def test_palm_closed_form():
+    shape = SHAPE | {"num_kv_heads": 8, "gated": False}
+    layers, embed, heads, head_dim = 3, 64, 8, 16
+    weights = layers * (4 * embed * heads * head_dim + 2 * embed * 96) + embed * 160
+    palm = 6 * weights + 12 * layers * heads * head_dim * 32
+    assert transformer_flops(**shape) == palm
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_xla_counts_the_same(gated):
+    """A plain forward and backward of the matrix multiplications, compiled."""
+    layers, embed, heads, kv_heads, head_dim, mlp, vocab, length = 3, 64, 8, 2, 16, 96, 160, 32
+
+    def spec(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    layer = {
+        "query": spec(embed, kv_heads, heads // kv_heads, head_dim),
+        "key_value": spec(2, embed, kv_heads, head_dim),
+        "out": spec(kv_heads, heads // kv_heads, head_dim, embed),
+        "up": spec(2 if gated else 1, embed, mlp),
+        "down": spec(mlp, embed),
+    }
+    weights = {"layers": [layer] * layers, "head": spec(embed, vocab)}
+
+    def total(weights, x):
+        for w in weights["layers"]:
+            q = jnp.einsum("td,dkgh->tkgh", x, w["query"])
+            k, v = (jnp.einsum("sd,dkh->skh", x, w["key_value"][i]) for i in range(2))
+            scores = jnp.einsum("tkgh,skh->kgts", q, k)
+            x = jnp.einsum("tkgh,kghd->td", jnp.einsum("kgts,skh->tkgh", scores, v), w["out"])
+            up = [jnp.einsum("td,df->tf", x, part) for part in w["up"]]
+            x = (up[0] * up[1] if gated else up[0] * up[0]) @ w["down"]
+        return jnp.square(x @ weights["head"]).sum()
+
+    compiled = (
+        jax.jit(jax.grad(total, argnums=(0, 1))).lower(weights, spec(length, embed)).compile()
+    )
+    counted = compiled.cost_analysis()["flops"] / length
+    assert transformer_flops(**SHAPE | {"gated": gated}) == pytest.approx(counted, rel=0.02)
+
+
+def test_causal_half_halves_attention_only():
+    full, half = (transformer_flops(**SHAPE | {"causal_half": c}) for c in (False, True))
+    assert full - half == 3 * 3 * 4 * 8 * 16 * 32 / 2
+    double = SHAPE | {"sequence_length": 64, "causal_half": True}
+    assert transformer_flops(**double) == full
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "num_layers = 0: must be at least 1"),
+        ({"num_kv_heads": 3}, "num_kv_heads = 3: must divide num_heads = 8"),
+    ],
+)
+def test_bad_shapes(change, message):
+    with pytest.raises(ValueError, match=message):
+        transformer_flops(**SHAPE | change)
+
+
+def test_peaks():
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert 2 * peak_flops("TPU7x") == 2307e12  # a chip is two jax devices
+    assert peak_flops("NVIDIA L40S") != peak_flops("NVIDIA L4")
+    assert peak_flops("cpu") is None
+    assert all(1e13 < peak < 1e16 for peak in PEAK_FLOPS.values())
+
+
+def test_mfu():
+    tokens_per_second = 4 * 275e12 / 1e9
+    assert mfu(tokens_per_second, 1e9, 4, "TPU v4") == pytest.approx(1.0)
+    assert mfu(tokens_per_second, 1e9, 8, "TPU v4") == pytest.approx(0.5)
+    assert mfu(1e3, 1e9, 1, "NVIDIA A100-SXM4-40GB MIG 1g.5gb") is None
+    with pytest.raises(ValueError, match="num_devices = 0"):
+        mfu(1.0, 1.0, 0, "TPU v4")
