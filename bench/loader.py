@@ -8,10 +8,11 @@ and of that size, prepares and reads them, and prints the peak resident memory o
 import argparse
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,24 +122,25 @@ def _stream_speed(data: DataConfig, workdir: Path, prepared: Prepared) -> dict:
     size = sum(map(len, encode(texts)))
     for _ in range(100):  # the slots' first documents are read at once: not the steady state
         next(loader)
-    alone, whole = [], []
+    alone = whole = 0.0
+    batches = size // (16 * data.sequence_length)
     for _ in range(5):
-        alone.append(_rate(lambda: encode(texts), size, repeats=1, quarter=False))
-        batches = max(1, size // (16 * data.sequence_length))
-        tokens = batches * 16 * data.sequence_length
-        run = lambda: [next(loader) for _ in range(batches)]  # noqa: E731, B023
-        whole.append(_rate(run, tokens, repeats=1, quarter=False))
-    return {"stream": int(np.median(whole)), "tokenizer_alone": int(np.median(alone))}
+        alone += _cpu_seconds(lambda: encode(texts))
+        whole += _cpu_seconds(lambda: [next(loader) for _ in range(batches)])
+    streamed_tokens = 5 * batches * 16 * data.sequence_length
+    return {"stream": int(streamed_tokens / whole), "tokenizer_alone": int(5 * size / alone)}
 
 
-def _rate(call: Callable, tokens: int, repeats: int = 400, quarter: bool = True) -> int:
-    """Tokens per CPU second of all threads; the first quartile of the times leaves out hiccups."""
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return int(tokens / np.quantile(times, 0.25 if quarter else 0.5))
+def _cpu_seconds(call: Callable) -> float:
+    """Of all threads of this process."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def _rate(call: Callable, tokens: int) -> int:
+    """Tokens per CPU second; the first quartile of the times leaves out hiccups."""
+    return int(tokens / np.quantile([_cpu_seconds(call) for _ in range(400)], 0.25))
 
 
 def memory_table(largest: int) -> list[dict]:
@@ -155,16 +157,24 @@ def memory_table(largest: int) -> list[dict]:
 
 
 def measure_memory(corpus: Path, workdir: Path) -> dict:
-    """Peak resident memory in MB of preparing (this process, its largest worker) and of loading."""
+    """Peak resident memory in MB of each stage: this process, its largest worker, the loader.
+
+    The tokenizer is trained before the first stage, because the memory that takes is bounded by its
+    own settings and would hide the rest.
+    """
     tokenizer = {"name": "sentencepiece", "vocab_size": 2048, "training_bytes": 2e6}
     tokenizer["scan_bytes"] = 8e6
     sources = [{"name": "text", "path": str(corpus)}]
-    data = resolve_data({"sources": sources, "tokenizer": tokenizer, "num_workers": 2})
-    before = _resident()
+    section = {"sources": sources, "tokenizer": tokenizer, "num_workers": 2}
+    prepare(resolve_data(section | {"mode": "stream"}), workdir)
+    data = resolve_data(section)
+    _forget_peak()
     start = time.monotonic()
-    prepared = prepare(data, workdir, progress=make_progress())
+    with _WatchedWorkers() as workers:
+        prepared = prepare(data, workdir, progress=make_progress())
     seconds = time.monotonic() - start
-    after = _resident()
+    prepare_mb = _peak_mb("self")
+    _forget_peak()
     loader = make_loader(
         data,
         workdir=workdir,
@@ -172,20 +182,50 @@ def measure_memory(corpus: Path, workdir: Path) -> dict:
         objective=NextToken(prepared.tokenizer),
         batch_size=16,
     )
-    while min(loader.epochs().values()) < 1 and loader.get_state()["batch"] < 200_000:
+    while min(loader.epochs().values()) < 1:
         next(loader)
-    loader.close()
     return {
-        "start_mb": before,
-        "prepare_mb": after,
-        "worker_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1000,
-        "load_mb": _resident(),
+        "prepare_mb": prepare_mb,
+        "worker_mb": workers.peak_mb,
+        "load_mb": _peak_mb("self"),
         "prepare_seconds": round(seconds, 1),
     }
 
 
-def _resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+class _WatchedWorkers:
+    """The highest peak of any child process while the block runs. Linux only, as all of this."""
+
+    peak_mb = 0
+
+    def __enter__(self):
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self):
+        while not self._done.wait(0.05):
+            for task in Path("/proc/self/task").iterdir():
+                for child in (task / "children").read_text().split():
+                    self.peak_mb = max(self.peak_mb, _peak_mb(child))
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb(process: str) -> int:
+    """Not ru_maxrss, which a child process inherits from its parent."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:  # it has ended
+        return 0
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(peak[1]) // 1000 if peak else 0
 
 
 def _generate(path: Path, size: int) -> None:

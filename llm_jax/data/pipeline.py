@@ -45,14 +45,20 @@ class Loader:
     """
 
     def __init__(self, dataset: grain.IterDataset, rows: "_Rows", process_count: int):
-        self._iterator = iter(dataset)
+        self._opened = [iter(dataset)]
         self._rows, self._process_count = rows, process_count
         self.num_batches = rows.num_batches
-        # At exit, before the interpreter takes apart what Grain's own __del__ needs.
-        self.close = weakref.finalize(self, self._iterator.close)
+        # At exit as well: later, Grain's own __del__ would miss modules that are already gone.
+        self.close = weakref.finalize(self, _close, self._opened)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator:
+        if not self._opened:
+            raise ValueError("this loader is closed")
+        return self._opened[0]
 
     def __next__(self) -> dict[str, np.ndarray]:
         """What the objective makes of the rows: each array has batch_size / process_count first."""
@@ -140,6 +146,11 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
         if key in states[0]:
             merged[key] = [value for state in states for value in state[key]]
     return merged
+
+
+def _close(opened: list[grain.DatasetIterator]) -> None:
+    while opened:
+        opened.pop().close()
 
 
 class _Rows:

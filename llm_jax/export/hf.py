@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -34,6 +34,7 @@ from llm_jax.core.config import ConfigError, component
 from llm_jax.core.flags import RunError
 from llm_jax.core.types import Model, Tokenizer
 from llm_jax.nn.precision import ComputeDtype, Precision
+from llm_jax.sharding.rules import path_name
 from llm_jax.training.config import RunConfig, check_vocabulary
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -80,7 +81,7 @@ class HuggingFaceExporter:
             temporary.mkdir(parents=True)
             tokenizer.save_huggingface(temporary)
             _write_configs(temporary, family, config.model, tokenizer)
-            plan = _Plan.of(family, config.model, _params(model))
+            plan = _Plan.of(family, config.model, jax.device_get(_params(model)))
             files = _write_tensors(temporary, plan, self.config.shard_bytes)
             _verify(temporary, plan)
             os.replace(temporary, directory)
@@ -129,7 +130,7 @@ class _Entry:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What goes where. params: arrays or their shapes, by dotted path."""
+    """What goes where. params: host arrays to write, or shapes to read, by dotted path."""
 
     family: ModuleType
     config: Any
@@ -158,7 +159,7 @@ class _Plan:
         return self.family.architecture_for(self.config)
 
     def tensor(self, entry: _Entry) -> np.ndarray:
-        parts = [np.asarray(self.params[path][entry.layer]) for path in entry.row.paths.split()]
+        parts = [self.params[path][entry.layer] for path in entry.row.paths.split()]
         return entry.row.to_hf(parts, self.family.sizes(self.config))
 
     def name_of(self, path: str) -> str | None:
@@ -252,7 +253,8 @@ def _read_config(directory: Path) -> tuple[ModuleType, Any]:
 
 
 def _params(model: Model) -> dict[str, Any]:
-    return flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep=".")
+    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def _write_configs(directory: Path, family: ModuleType, config: Any, tokenizer: Tokenizer) -> None:
@@ -342,7 +344,7 @@ def _verify(directory: Path, plan: _Plan) -> None:
     if wanted != found:
         raise RunError(f"the export's config.json reads back as {found}, not {wanted}")
     for path, array in _read_tensors(directory, dataclasses.replace(plan, config=config)):
-        written = np.asarray(plan.params[path])
+        written = plan.params[path]
         if written.dtype != np.float32 or not np.array_equal(
             written.view(np.uint32), array.view(np.uint32)
         ):

@@ -1,6 +1,7 @@
 """Multi-head and grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,31 +34,61 @@ class AttentionConfig:
             )
 
 
+def attention_weights(
+    query: jax.Array, key: jax.Array, mask: jax.Array, precision: Precision
+) -> jax.Array:
+    """Softmax over the visible keys: [B, K, G, T, S] float32; shapes as dot_product_attention."""
+    batch, length, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    grouped = (batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    query = query.reshape(grouped) * head_dim**-0.5
+    scores = precision.einsum("btkgh,bskh->bkgts", query, key, out_dtype=jnp.float32)
+    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dot_product_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
-    precision: Precision,
-) -> tuple[jax.Array, jax.Array]:
+    precision: Precision, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> jax.Array:
     """Softmax attention in plain jnp, the reference for every kernel.
+
+    The gradient is written out: it keeps the weights once, in the compute dtype, and needs neither
+    the scores nor the mask again.
 
     Args:
       query: [B, T, N, H], key and value: [B, S, K, H] with N a multiple of K.
       mask: [B, T, S] bool, True where the query sees the key.
 
     Returns:
-      ([B, T, N, H] in the compute dtype, weights [B, K, G, T, S] float32).
+      [B, T, N, H] in the compute dtype.
     """
-    batch, length, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[2]
-    grouped = (batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    query = query.reshape(grouped) * head_dim**-0.5
-    scores = precision.einsum("btkgh,bskh->bkgts", query, key, out_dtype=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
-    out = precision.einsum("bkgts,bskh->btkgh", precision.cast(weights), value)
-    return out.reshape(batch, length, num_heads, head_dim), weights
+    return _attention_forward(precision, query, key, value, mask)[0]
+
+
+def _attention_forward(precision, query, key, value, mask):
+    weights = precision.cast(attention_weights(query, key, mask, precision))
+    out = precision.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+    return out, (query, key, value, weights, out)
+
+
+def _attention_backward(precision, residuals, d_out):
+    query, key, value, weights, out = residuals
+    grouped = (*query.shape[:2], key.shape[2], query.shape[2] // key.shape[2], query.shape[3])
+    scale = query.shape[-1] ** -0.5
+    # sum_s weights * d_weights, by way of the output (Dao et al. 2022, appendix B.4)
+    correction = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)  # [B, T, N]
+    correction = correction.reshape(grouped[:-1]).transpose(0, 2, 3, 1)[..., None]
+    d_out = d_out.reshape(grouped)
+    d_value = precision.einsum("bkgts,btkgh->bskh", weights, d_out)
+    d_weights = precision.einsum("btkgh,bskh->bkgts", d_out, value, out_dtype=jnp.float32)
+    d_scores = precision.cast(weights * (d_weights - correction) * scale)
+    d_query = precision.einsum("bkgts,bskh->btkgh", d_scores, key).reshape(query.shape)
+    d_key = precision.einsum("bkgts,btkgh->bskh", d_scores, query.reshape(grouped))
+    cast = lambda d, like: d.astype(like.dtype)  # noqa: E731
+    return cast(d_query, query), cast(d_key, key), cast(d_value, value), None
+
+
+dot_product_attention.defvjp(_attention_forward, _attention_backward)
 
 
 class Attention(nnx.Module):
@@ -90,8 +121,12 @@ class Attention(nnx.Module):
         if config.out_bias:
             self.out_bias = param(rngs, (embed_dim,), ("embed",), zeros)
         if config.qk_norm is not None:
-            self.query_norm = Norm(head_dim, config.qk_norm, axis="head_dim", rngs=rngs)
-            self.key_norm = Norm(head_dim, config.qk_norm, axis="head_dim", rngs=rngs)
+            self.query_norm = Norm(
+                head_dim, config.qk_norm, precision=precision, rngs=rngs, axis="head_dim"
+            )
+            self.key_norm = Norm(
+                head_dim, config.qk_norm, precision=precision, rngs=rngs, axis="head_dim"
+            )
 
     def __call__(
         self,
@@ -101,8 +136,9 @@ class Attention(nnx.Module):
         rope: tuple[jax.Array, jax.Array] | None = None,
         cache=None,
         layer: int | None = None,
-    ) -> tuple[jax.Array, jax.Array, object]:
-        """Returns (output [B, T, D], weights [B, K, G, T, S] float32, cache).
+        keep_weights: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None, object]:
+        """Returns (output [B, T, D], weights [B, K, G, T, S] float32 if kept, cache).
 
         Args:
           mask: [B, T, S]; S = T, or the cache's length when one is given.
@@ -122,16 +158,17 @@ class Attention(nnx.Module):
         value = constrain(value, "batch", "length", "kv_heads", None)
         if cache is not None:
             cache = cache.with_layer(layer, key, value)
-            key, value = cache.keys[layer], cache.values[layer]
-        out, weights = dot_product_attention(query, key, value, mask, p)
+            key, value = (jnp.swapaxes(a[layer], 1, 2) for a in (cache.keys, cache.values))
+        out = dot_product_attention(p, query, key, value, mask)
+        weights = attention_weights(query, key, mask, p) if keep_weights else None
         out = checkpoint_name(out, "attention")
         y = p.einsum("btnh,nhd->btd", out, self.out[...])
         if config.out_bias:
-            y = y + p.cast(self.out_bias[...])
+            y = p.add_bias(y, self.out_bias[...])
         return y, weights, cache
 
     def _project(self, x: jax.Array, name: str, spec: str) -> jax.Array:
         y = self.precision.einsum(spec, x, getattr(self, name)[...])
         if self.config.bias:
-            y = y + self.precision.cast(getattr(self, f"{name}_bias")[...])
+            y = self.precision.add_bias(y, getattr(self, f"{name}_bias")[...])
         return y

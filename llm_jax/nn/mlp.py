@@ -1,9 +1,11 @@
 """The feed-forward half of a block: plain (GELU) or gated (SwiGLU, Shazeer 2020)."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from llm_jax.core.param import Initializer, param, zeros
@@ -52,14 +54,23 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         config, p = self.config, self.precision
-        activation = ACTIVATIONS[config.activation]
         h = p.einsum("btd,df->btf", x, self.up[...])
         if config.bias:
-            h = h + p.cast(self.up_bias[...])
-        if config.gated:
-            h = activation(p.einsum("btd,df->btf", x, self.gate[...])) * h
-        else:
-            h = activation(h)
-        h = constrain(h, "batch", "length", "mlp")
+            h = p.add_bias(h, self.up_bias[...])
+        gate = p.einsum("btd,df->btf", x, self.gate[...]) if config.gated else None
+        h = constrain(_activate(config.activation, h, gate), "batch", "length", "mlp")
         y = p.einsum("btf,fd->btd", h, self.down[...])
-        return y + p.cast(self.down_bias[...]) if config.bias else y
+        return p.add_bias(y, self.down_bias[...]) if config.bias else y
+
+
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _activate(activation: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """act(h), or act(gate) * h: [B, T, F], computed in float32, returned in the dtype of h.
+
+    Computed again in the backward pass: it is cheap, and would otherwise keep several float32
+    arrays as large as h.
+    """
+    function = ACTIVATIONS[activation]
+    h32 = h.astype(jnp.float32)
+    y = function(h32) if gate is None else function(gate.astype(jnp.float32)) * h32
+    return y.astype(h.dtype)

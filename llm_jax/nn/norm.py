@@ -1,6 +1,7 @@
 """LayerNorm (Ba et al. 2016) and RMSNorm (Zhang & Sennrich 2019), computed in float32."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm_jax.core.param import ones, param, zeros
+from llm_jax.nn.precision import Precision, sum_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,20 +24,59 @@ class NormConfig:
 
 
 class Norm(nnx.Module):
-    """Normalizes the last dimension: [..., D] in any float dtype to the same."""
+    """Normalizes the last dimension: [B, T, ..., D] in any float dtype to the same."""
 
-    def __init__(self, size: int, config: NormConfig, *, axis: str = "embed", rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self,
+        size: int,
+        config: NormConfig,
+        *,
+        precision: Precision,
+        rngs: nnx.Rngs,
+        axis: str = "embed",
+    ):
+        self.config, self.precision = config, precision
         self.scale = param(rngs, (size,), (axis,), ones)
         if config.bias:
             self.bias = param(rngs, (size,), (axis,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        if self.config.kind == "layernorm":
-            x32 = x32 - jnp.mean(x32, -1, keepdims=True)
-        variance = jnp.mean(jnp.square(x32), -1, keepdims=True)
-        y = x32 * jax.lax.rsqrt(variance + self.config.epsilon) * self.scale[...]
-        if self.config.bias:
-            y = y + self.bias[...]
-        return y.astype(x.dtype)
+        y = _normalize(self.config, self.precision.wide_output, x, self.scale[...])
+        return self.precision.add_bias(y, self.bias[...]) if self.config.bias else y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalize(config: NormConfig, on_cpu: bool, x: jax.Array, scale: jax.Array) -> jax.Array:
+    normal, _ = _standardize(config, x)
+    return (normal * scale).astype(x.dtype)
+
+
+def _standardize(config: NormConfig, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x centered (LayerNorm) and scaled to variance 1, and that factor, in float32."""
+    x = x.astype(jnp.float32)
+    if config.kind == "layernorm":
+        x = x - jnp.mean(x, -1, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + config.epsilon)
+    return x * factor, factor
+
+
+def _normalize_forward(config, on_cpu, x, scale):
+    return _normalize(config, on_cpu, x, scale), (x, scale)
+
+
+def _normalize_backward(config, on_cpu, residuals, g):
+    # By hand so that only x is kept, and the scale's gradient is one product (see sum_rows).
+    x, scale = residuals
+    normal, factor = _standardize(config, x)
+    g = g.astype(jnp.float32)
+    d_scale = sum_rows(g * normal, on_cpu)
+    if d_scale.ndim > 1:  # [B, T, N, H]: one scale for all heads
+        d_scale = d_scale.sum(tuple(range(d_scale.ndim - 1)))
+    g = g * scale
+    d_x = g - normal * jnp.mean(g * normal, -1, keepdims=True)
+    if config.kind == "layernorm":
+        d_x = d_x - jnp.mean(g, -1, keepdims=True)
+    return (d_x * factor).astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)

@@ -56,6 +56,10 @@ class Precision:
             return y.astype(out_dtype)
         return _einsum(spec, self, out_dtype, x, w)
 
+    def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        """x: [B, T, ...] plus bias: [...], in the dtype of x."""
+        return _add_bias(self.wide_output, x, bias)
+
     def _product(self, spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
         wide = jnp.float32 if self.wide_output else out_dtype
         x, w = self.cast(x), self.cast(w)
@@ -82,3 +86,32 @@ def _einsum_backward(spec, precision, out_dtype, residuals, g):
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+def sum_rows(x: jax.Array, on_cpu: bool) -> jax.Array:
+    """Sums [B, T, ...] over B and T in float32.
+
+    As a product with a row of ones on CPU, where XLA turns a sum over leading dimensions inside a
+    loop into a slow two-stage window reduction.
+    """
+    if not on_cpu:
+        return jnp.sum(x, axis=(0, 1), dtype=jnp.float32)
+    rows = x.astype(jnp.float32).reshape(x.shape[0] * x.shape[1], -1)
+    ones = jnp.ones((1, rows.shape[0]), jnp.float32)
+    return jnp.dot(ones, rows, precision=jax.lax.Precision.HIGHEST).reshape(x.shape[2:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_bias(on_cpu, x, bias):
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_forward(on_cpu, x, bias):
+    return _add_bias(on_cpu, x, bias), jnp.zeros((), bias.dtype)
+
+
+def _add_bias_backward(on_cpu, like_bias, g):
+    return g, sum_rows(g, on_cpu).astype(like_bias.dtype)
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)

@@ -50,9 +50,9 @@ class Block(nnx.Module):
             "init": normal(config.init_stddev), "out_init": out_init,
             "precision": precision, "rngs": rngs,
         }  # fmt: skip
-        self.attention_norm = Norm(config.embed_dim, config.norm, rngs=rngs)
+        self.attention_norm = Norm(config.embed_dim, config.norm, precision=precision, rngs=rngs)
         self.attention = Attention(config.embed_dim, config.attention, **makers)
-        self.mlp_norm = Norm(config.embed_dim, config.norm, rngs=rngs)
+        self.mlp_norm = Norm(config.embed_dim, config.norm, precision=precision, rngs=rngs)
         self.mlp = Mlp(config.embed_dim, config.mlp, **makers)
 
     def __call__(
@@ -69,7 +69,12 @@ class Block(nnx.Module):
         """x: [B, T, D]; mask: [B, T, S]; key: drops units when given."""
         keys = (None, None) if key is None else jax.random.split(key)
         y, weights, cache = self.attention(
-            self.attention_norm(x), mask, rope=rope, cache=cache, layer=layer
+            self.attention_norm(x),
+            mask,
+            rope=rope,
+            cache=cache,
+            layer=layer,
+            keep_weights="attention" in capture,
         )
         x = x + dropout(y, self.config.dropout, keys[0])
         y = self.mlp(self.mlp_norm(x))

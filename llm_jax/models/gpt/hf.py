@@ -355,6 +355,9 @@ def config_from_hf(content: Mapping[str, Any]) -> Config:
         )
     _check_options(architecture, content)
     values = {ours: content.get(key, default) for ours, key, default in architecture.fields}
+    for field in ("embed_dim", "num_heads"):
+        if not isinstance(values[field], int) or values[field] < 1:
+            raise ConfigError(f"config.json: {field} = {values[field]!r}: expected a positive int")
     if values["mlp_dim"] is None:
         values["mlp_dim"] = 4 * values["embed_dim"]
     values["activation"] = _our_activation(values["activation"])

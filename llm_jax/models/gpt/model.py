@@ -27,7 +27,7 @@ class GPT(nnx.Module):
             self.position_embed = param(rngs, shape, ("position", "embed"), init)
         transformer = config.transformer()
         self.stack = Stack(transformer, precision=precision, rngs=rngs)
-        self.final_norm = Norm(config.embed_dim, transformer.norm, rngs=rngs)
+        self.final_norm = Norm(config.embed_dim, transformer.norm, precision=precision, rngs=rngs)
         if not config.tie_embeddings:
             shape = (config.embed_dim, config.vocab_size)
             self.head = param(rngs, shape, ("embed", "vocab"), init)
