@@ -8,10 +8,11 @@ Orbax writes under a temporary name and renames, so a step directory is whole or
 says so when it finds what a killed run left. Arrays are restored onto whatever mesh is asked for.
 """
 
+import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.flags import RunError
 from llm_jax.sharding.rules import path_name
 from llm_jax.training.config import CheckpointConfig
 from llm_jax.training.state import TrainState
@@ -102,6 +104,7 @@ class Checkpointer:
     ):
         """config None: read only."""
         self.directory, self.config, self._say = Path(directory).absolute(), config, say
+        self._saving: int | None = None
         policies = ocp.training.preservation_policies
         keep = None
         if config is not None:
@@ -141,11 +144,29 @@ class Checkpointer:
             "optimizer": {"step": state.step, "key": state.key, "opt_state": state.opt_state},
             "run": FolderItem(run.to_files()),
         }
-        self._orbax.save_checkpointables_async(step, items, force=True)
+        with self._no_lost_checkpoint(step):
+            self._orbax.save_checkpointables_async(step, items, force=True)
+        self._saving = step
 
     def wait(self) -> None:
-        """Returns when the last save is on disk."""
-        self._orbax.wait()
+        """Returns when the last save is on disk; raises RunError when it could not be written."""
+        with self._no_lost_checkpoint(self._saving):
+            self._orbax.wait()
+
+    @contextlib.contextmanager
+    def _no_lost_checkpoint(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            kept = [s for s in self._steps_on_disk() if s != step]
+            last = f"step {kept[-1]} is kept" if kept else "there is no earlier one"
+            raise RunError(
+                f"the checkpoint of step {step} could not be written ({_reason(error)}): "
+                f"training stopped, {last}"
+            ) from error
+
+    def _steps_on_disk(self) -> list[int]:
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
 
     def close(self) -> None:
         self._orbax.close()
@@ -207,8 +228,7 @@ class Checkpointer:
             raise CheckpointDamaged(self._damaged(step, error)) from None
 
     def _damaged(self, step: int, error: Exception) -> str:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        return f"checkpoint {self.directory / str(step)} cannot be read ({reason})"
+        return f"checkpoint {self.directory / str(step)} cannot be read ({_reason(error)})"
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         folder = self.directory / str(step)
@@ -229,6 +249,13 @@ class Checkpointer:
                 return self._orbax.load_checkpointables(step, {**wanted, "run": FolderItem()})
         except Exception as error:
             raise CheckpointDamaged(self._damaged(step, error)) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error at the bottom of the chain: Orbax wraps what the system said."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def tree_differences(wanted: Any, found: Any, limit: int = 8) -> list[str]:

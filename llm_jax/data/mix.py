@@ -6,11 +6,12 @@ largest remainder, and a source with any weight gets at least one row in each 10
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from llm_jax.core.config import ConfigError
-from llm_jax.data.shuffle import derive_seed, permute
+from llm_jax.data.shuffle import EndlessOrder, derive_seed, permute
 
 BLOCK = 1024
 
@@ -62,3 +63,14 @@ class Mixture:
         """How many of rows 0..number-1 came from each source: [S] int64."""
         blocks, place = divmod(number, BLOCK)
         return blocks * self.counts + self._before[place]
+
+
+def in_order(sources: np.ndarray, turns: np.ndarray, orders: Sequence[EndlessOrder]) -> np.ndarray:
+    """Which item of its source each turn falls on: [N] int64, from what a `Mixture` returns."""
+    if len(orders) == 1:
+        return orders[0](turns)
+    items = np.empty_like(turns)
+    for source in np.unique(sources).tolist():
+        mine = sources == source
+        items[mine] = orders[source](turns[mine])
+    return items

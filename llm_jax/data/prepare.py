@@ -24,7 +24,7 @@ from llm_jax.core.types import Tokenizer
 from llm_jax.data.atomic import remove_leftovers, write_json
 from llm_jax.data.config import DataConfig, resolve_data, shards_folder
 from llm_jax.data.documents import DocumentReader, check_malformed, problems, sample_indices
-from llm_jax.data.mix import Mixture
+from llm_jax.data.mix import Mixture, in_order
 from llm_jax.data.progress import Progress, Silent
 from llm_jax.data.shards import (
     Plan,
@@ -164,10 +164,11 @@ def _training_texts(data: DataConfig, sources: list[DocumentSource]) -> Iterator
     while left > 0:
         which, turns = mixture(np.arange(start, start + 1024))
         start += 1024
-        for number, turn in zip(which.tolist(), turns, strict=True):
+        items = in_order(which, turns, orders)
+        for number, turn, item in zip(which.tolist(), turns.tolist(), items.tolist(), strict=True):
             if turn < len(sources[number]):
                 left -= 1
-                document = readers[number](int(orders[number](turn[None])[0]))
+                document = readers[number](item)
                 if document is not None and not document.is_held_out:
                     yield document.text
 

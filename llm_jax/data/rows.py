@@ -12,7 +12,7 @@ import numpy as np
 from llm_jax.core.config import ConfigError
 from llm_jax.data.atomic import NPY_HEADER_BYTES
 from llm_jax.data.files import OpenFiles
-from llm_jax.data.mix import Mixture
+from llm_jax.data.mix import Mixture, in_order
 from llm_jax.data.shards import ShardIndex, check_files
 from llm_jax.data.shuffle import EndlessOrder
 
@@ -80,10 +80,10 @@ class TrainBatches:
         """Rows `numbers` [B] int64 of the run: [B, length] int32."""
         out = np.empty((len(numbers), length), np.int32)
         which, turns = self._mixture(numbers)
-        for source in np.unique(which) if len(self._sources) > 1 else (0,):
+        items = in_order(which, turns, self._orders)
+        for source, rows in enumerate(self._sources):
             places = np.flatnonzero(which == source)
-            order = self._orders[source]
-            self._sources[source].read(order(turns[places]), out, places)
+            rows.read(items[places], out, places)
         return out
 
     def epochs(self, rows_done: int) -> list[float]:

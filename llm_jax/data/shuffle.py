@@ -123,29 +123,28 @@ class GroupedOrder(EndlessOrder):
 
     def __init__(self, starts: np.ndarray, seed: int, name: str):
         super().__init__(int(starts[-1]), seed, name)
-        self._starts = starts
+        self._starts, self._sizes = starts, np.diff(starts)
         self._layout = functools.lru_cache(maxsize=2)(self._make_layout)
 
     def in_epoch(self, places: np.ndarray, epoch: int) -> np.ndarray:
         groups, ends = self._layout(epoch)
         turn = np.searchsorted(ends, places, side="right")
         group = groups[turn]
-        sizes = np.diff(self._starts)
-        inside = places - (ends[turn] - sizes[group])
+        inside = places - (ends[turn] - self._sizes[group])
         result = np.empty_like(places)
         for number in np.unique(group):
             mine = group == number
             seed = derive_seed(_epoch_seed(self._seed, self._name, epoch), int(number))
-            shuffled = permute(inside[mine], int(sizes[number]), seed)
+            shuffled = permute(inside[mine], int(self._sizes[number]), seed)
             result[mine] = self._starts[number] + shuffled
         return result
 
     def _make_layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The groups in this epoch's order, and where each ends in it."""
-        count = len(self._starts) - 1
+        count = len(self._sizes)
         seed = _epoch_seed(self._seed, self._name, epoch)
         groups = permute(np.arange(count), count, seed)
-        return groups, np.cumsum(np.diff(self._starts)[groups])
+        return groups, np.cumsum(self._sizes[groups])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -23,7 +23,7 @@ from llm_jax.data.documents import (
     check_malformed,
     tokenize_documents,
 )
-from llm_jax.data.mix import Mixture
+from llm_jax.data.mix import Mixture, in_order
 from llm_jax.data.rows import RowShape
 from llm_jax.data.shuffle import EndlessOrder
 
@@ -56,10 +56,10 @@ class DocumentStream:
     def tokens(self, numbers: np.ndarray) -> list[np.ndarray]:
         """The tokens of documents `numbers` [N]; empty where one is held out or no document."""
         which, turns = self._mixture(numbers)
+        items = in_order(which, turns, [source.order for source in self._sources])
         texts, kept = [], []
-        for place, (number, turn) in enumerate(zip(which.tolist(), turns, strict=True)):
-            source = self._sources[number]
-            document = source.reader(int(source.order(turn[None])[0]))
+        for place, (number, item) in enumerate(zip(which.tolist(), items.tolist(), strict=True)):
+            document = self._sources[number].reader(item)
             if document is not None and not document.is_held_out:
                 texts.append(document.text)
                 kept.append(place)

@@ -122,8 +122,8 @@ def _alternative(alternative: Alternative, tokenizer: Tokenizer, chosen: bool) -
 
 
 def _column(piece: str, width: int) -> str:
-    """A piece on one line, in exactly `width` cells, with an ellipsis where it was cut."""
-    shown = piece.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    """A piece in exactly `width` cells: spaces made visible, an ellipsis where it was cut."""
+    shown = piece.replace(" ", "␣")
     if cell_len(shown) > width:
         return set_cell_size(shown, width - 1) + "…"
     return set_cell_size(shown, width)

@@ -8,6 +8,9 @@ round for free. The rule holds for the gradient too, hence the custom derivative
 float32-output product would multiply float32 cotangents with bfloat16 weights. Gradients of weights
 leave the product in float32 on every platform: they are summed over the batch and deserve it.
 
+The gradient of a weight is written with the input as the left operand: the one that XLA's CPU
+backend transposes first, and mostly the smaller one.
+
 float32 means float32: TF32 and bf16 passes are switched off for it.
 """
 
@@ -50,10 +53,6 @@ class Precision:
           out_dtype: dtype of the result, by default the compute dtype.
         """
         out_dtype = self.dtype if out_dtype is None else jnp.dtype(out_dtype)
-        if self.compute_dtype == "float32":
-            x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-            y = jnp.einsum(spec, x, w, precision=jax.lax.Precision.HIGHEST)
-            return y.astype(out_dtype)
         return _einsum(spec, self, out_dtype, x, w)
 
     def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -61,9 +60,15 @@ class Precision:
         return _add_bias(self.wide_output, x, bias)
 
     def _product(self, spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-        wide = jnp.float32 if self.wide_output else out_dtype
-        x, w = self.cast(x), self.cast(w)
-        return jnp.einsum(spec, x, w, preferred_element_type=wide).astype(out_dtype)
+        full = self.compute_dtype == "float32"
+        y = jnp.einsum(
+            spec,
+            self.cast(x),
+            self.cast(w),
+            precision=jax.lax.Precision.HIGHEST if full else None,
+            preferred_element_type=jnp.float32 if self.wide_output or full else out_dtype,
+        )
+        return y.astype(out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

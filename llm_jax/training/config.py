@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from llm_jax.core.config import ConfigError, nearest, parse, parse_component
+from llm_jax.core.config import ConfigError, nearest, parse, parse_component, to_dict
 from llm_jax.data.config import DataConfig, resolve_data
 from llm_jax.nn.precision import ComputeDtype
 from llm_jax.optim.make import OptimizerConfig
@@ -57,19 +57,24 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Held-out loss during training and after it.
+    """Held-out loss during training, and what is shown after it.
 
-    every: steps between evaluations, None for only one at the end. max_batches: bounds each of the
-    evaluations on the way; the last one reads everything. context: tokens a document's window
-    shares with the one before it, so that few tokens are predicted without context.
+    every: steps between evaluations on the way, None for none; each reads max_batches batches.
+    final_bytes: about how much held-out text the evaluation of a checkpoint reads; None for all.
+    context: tokens a window of a document shares with the one before it; None for half a window.
+    sample_prompts: completed at the end, sample_tokens each.
     """
 
     every: int | None = None
-    batch_size: int = 8
-    max_batches: int | None = 16
+    max_batches: int = 16
+    final_bytes: int | None = 4_000_000
     context: int | None = None
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 128
+
+    def __post_init__(self):
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"eval.every = {self.every} must be at least 1, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,3 +139,24 @@ def check_vocabulary(run: RunConfig, tokenizer_size: int) -> None:
             f"config.model.vocab_size {run.model.vocab_size} is smaller than the tokenizer's "
             f"{tokenizer_size}: set it to at least {tokenizer_size}"
         )
+
+
+def describe(run: RunConfig) -> str:
+    """The resolved config, a line per section."""
+    lines = []
+    for section, values in to_dict(run).items():
+        text = " ".join(f"{key}={value!r}" for key, value in values.items())
+        lines.append(f"config.{section}: {text}")
+    return "\n".join(lines)
+
+
+def differences(old: Mapping, new: Mapping, where: str = "config") -> list[str]:
+    """`config.a.b: old -> new` for each key whose value differs."""
+    lines = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        name, before, after = f"{where}.{key}", old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, name)
+        elif before != after:
+            lines.append(f"{name}: {before!r} -> {after!r}")
+    return lines

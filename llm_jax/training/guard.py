@@ -13,6 +13,9 @@ from jax.experimental import multihost_utils
 
 from llm_jax.core.flags import RunError
 
+# What the shell makes of a process that died of these signals; schedulers tell by it.
+EXIT_STATUS = {"SIGTERM": 128 + signal.SIGTERM, "SIGINT": 128 + signal.SIGINT}
+
 
 class StopRequest:
     """Notes SIGTERM and Ctrl-C, so that the loop can save and leave. A second Ctrl-C leaves at once."""
@@ -36,9 +39,10 @@ class StopRequest:
         self.name = signal.Signals(number).name
 
     def agreed(self, ask_all: bool) -> bool:
-        """Whether to stop now. With several processes they must stop at the same step, so they
+        """Whether to stop now.
 
-        compare notes, when `ask_all`, which must be true at the same steps on each of them.
+        Several processes must stop at the same step, so they compare notes, at the steps where
+        `ask_all` is true: the same ones on each of them.
         """
         if jax.process_count() == 1:
             return self.name is not None

@@ -1,9 +1,11 @@
 """The training loop: dispatch a step, place the next batch while it runs, read old metrics."""
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -57,17 +59,21 @@ class Loop:
         writer: Writer,
         *,
         files: Callable[[dict], RunFiles],
-        held_out: Callable[[], Iterator[Mapping[str, Any]]] | None,
+        held_out: Callable[[], Any],
         throughput: Callable[[float], dict[str, float]],
     ):
-        """files: what goes beside the arrays, given the loader's state; held_out: a fresh pass over
+        """Takes all parts of a run.
 
-        the held-out batches; throughput: metrics from steps per second.
+        Args:
+          files: what goes beside the arrays of a checkpoint, given the loader's state.
+          held_out: a fresh pass over the held-out batches, with `close`.
+          throughput: metrics from steps per second.
         """
         self.run, self.program, self.loader = run, program, loader
         self.checkpointer, self.writer = checkpointer, writer
         self.files, self.held_out, self.throughput = files, held_out, throughput
         self.last_saved: int | None = None
+        self._resumed = False
         self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._clock: tuple[int, float] | None = None  # a finished step and when it was seen
 
@@ -78,8 +84,7 @@ class Loop:
           RunError: the loss is not finite. The last checkpoint stays.
         """
         step, last = int(state.step), self.run.train.num_steps
-        if step:
-            self.last_saved = step
+        self.last_saved, self._resumed = step or None, step > 0
         with StopRequest() as request:
             batch = self._next_batch() if step < last else None
             while step < last:
@@ -103,16 +108,13 @@ class Loop:
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Held-out loss at this step, over at most `eval.max_batches` batches."""
-        if self.held_out is None:
-            return
         self._read(keep=0)
         total: dict[str, Weighted] | None = None
-        for index, rows in enumerate(self.held_out()):
-            if index == self.run.eval.max_batches:
-                break
-            batch = self._place(rows)
-            sums = self.program.evaluate(state.params, state.extra, batch)
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        with contextlib.closing(self.held_out()) as batches:
+            for rows in itertools.islice(batches, self.run.eval.max_batches):
+                batch = self._place(rows)
+                sums = self.program.evaluate(state.params, state.extra, batch)
+                total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if total is not None:
             means = {name: float(value.mean) for name, value in total.items()}
             self.writer.write_eval(step, means)
@@ -138,7 +140,9 @@ class Loop:
             if self._clock is None:
                 self._clock = (step, time.perf_counter())
             if step % self.run.train.log_every == 0 or step == self.run.train.num_steps:
-                self.writer.write(step, {**metrics, **self._speed(step), **self._epochs()})
+                marks = {"resumed": 1.0} if self._resumed else {}
+                self._resumed = False
+                self.writer.write(step, metrics | self._speed(step) | self._epochs() | marks)
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.perf_counter()

@@ -16,7 +16,9 @@ def test_counts_are_the_shares_rounded(weights):
     exact = np.array(weights) / sum(weights) * BLOCK
     assert counts.sum() == BLOCK
     assert ((counts > 0) == (np.array(weights) > 0)).all()
-    raised = np.count_nonzero((exact > 0) & (exact < 1))  # each takes up to one row from the others
+    raised = np.count_nonzero(
+        (np.array(weights) > 0) & (exact < 1)
+    )  # each takes up to one row from the others
     assert (np.abs(counts - exact) <= 1 + raised).all()
 
 

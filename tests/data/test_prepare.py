@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import data_config, make_texts, write_jsonl
+from corpora import NextToken, data_config, make_texts, write_jsonl
 
 from llm_jax.core.config import ConfigError, to_dict
 from llm_jax.data import prepare as prepare_module
 from llm_jax.data.config import resolve_data
 from llm_jax.data.documents import tokenize_documents
+from llm_jax.data.pipeline import make_loader
 from llm_jax.data.prepare import prepare
 from llm_jax.data.sources import open_source
 from llm_jax.data.split import is_held_out
@@ -69,6 +70,42 @@ def test_documents_are_shuffled(tmp_path, corpus):
     assert np.abs(np.diff(numbers)).mean() > 50
 
 
+@pytest.mark.parametrize("mode", ["shards", "stream"])
+def test_row_groups_are_read_one_after_the_other(tmp_path, monkeypatch, mode):
+    pyarrow, parquet = (pytest.importorskip(n) for n in ("pyarrow", "pyarrow.parquet"))
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": make_texts(300)}), path, row_group_size=20)
+    reads = []
+    real = parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "read_row_group",
+        lambda self, group, columns: reads.append(group) or real(self, group, columns),
+    )
+    data = resolve_data(
+        {
+            "sources": [{"name": "parquet", "path": str(path)}],
+            "tokenizer": {"name": "raw_bytes"},
+            "mode": mode,
+            "num_workers": 1,
+            "num_threads": 0,
+        }
+    )
+    prepared = prepare(data, tmp_path)
+    if mode == "shards":
+        (index,) = prepared.indices
+        train = documents_of(index, "train", prepared.tokenizer)
+        held_out = documents_of(index, "held_out", prepared.tokenizer)
+        assert Counter(train + held_out) == Counter(make_texts(300))
+        assert len(reads) < 45  # 15 to measure, 15 to tokenize, one more where shards share a group
+    else:
+        arguments = {"tokenizer": prepared.tokenizer, "objective": NextToken(), "batch_size": 2}
+        loader = make_loader(data, workdir=tmp_path, **arguments)
+        while min(loader.epochs().values()) < 1:
+            next(loader)
+        assert len(reads) < 45
+
+
 def test_held_out_documents_can_be_looked_up(tmp_path, corpus):
     data = data_config(corpus, held_out_fraction=0.1)
     prepared = prepare(data, tmp_path)
@@ -95,6 +132,7 @@ import sys, time
 from pathlib import Path
 from llm_jax.data import shards
 from llm_jax.data.config import resolve_data
+from llm_jax.data.pipeline import make_loader
 from llm_jax.data.prepare import prepare
 
 fast = shards.tokenize_documents

@@ -62,7 +62,7 @@ def random_model(config):
     abstract = nnx.eval_shape(lambda: make(config, precision=Precision(), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     rng = np.random.default_rng(0)
-    fill = lambda x: jnp.asarray(0.15 * rng.standard_normal(x.shape, np.float32))  # noqa: E731
+    fill = lambda x: jnp.asarray(0.4 * rng.standard_normal(x.shape, np.float32))  # noqa: E731
     return nnx.merge(graphdef, jax.tree.map(fill, state))
 
 
@@ -92,10 +92,13 @@ def tokens(vocab_size):
     return np.random.default_rng(1).integers(0, vocab_size, (2, LENGTH))
 
 
+@nnx.jit
+def forward(model, ids):
+    return model({"tokens": ids}).logits
+
+
 def our_logits(model, ids):
-    graphdef, state = nnx.split(model)
-    forward = jax.jit(lambda state, ids: nnx.merge(graphdef, state)({"tokens": ids}).logits)
-    return np.asarray(forward(state, jnp.asarray(ids, jnp.int32)))
+    return np.asarray(forward(model, jnp.asarray(ids, jnp.int32)))
 
 
 def their_logits(model, ids):
@@ -116,8 +119,22 @@ def test_transformers_computes_what_we_do(exported):
     assert not any(report.values())
     ids = tokens(config.vocab_size)
     np.testing.assert_allclose(
-        our_logits(model, ids), their_logits(theirs, ids), atol=1e-5, rtol=1e-5
+        our_logits(model, ids), their_logits(theirs, ids), atol=5e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("exported", ["gpt2", "llama_scaled", "qwen3"], indirect=True)
+def test_transformers_generates_what_we_do(exported):
+    _, config, model, folder = exported
+    prompt, count = tokens(config.vocab_size)[:1, :8], 12
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs.generation_config.eos_token_id = None
+    wanted = theirs.generate(torch.tensor(prompt), do_sample=False, max_new_tokens=count).numpy()
+    ids = np.zeros((1, 8 + count), np.int64)  # causality keeps what is not yet written out of sight
+    ids[:, :8] = prompt
+    for place in range(8, 8 + count):
+        ids[:, place] = our_logits(model, ids)[:, place - 1].argmax(-1)
+    np.testing.assert_array_equal(ids, wanted)
 
 
 def test_import_of_an_export_is_the_same_model(exported):
@@ -177,7 +194,7 @@ def test_we_compute_what_transformers_does(case, tmp_path):
     ours, _ = export_hf.load(tmp_path)
     ids = tokens(300)
     np.testing.assert_allclose(
-        our_logits(ours, ids), their_logits(theirs, ids), atol=2e-5, rtol=2e-5
+        our_logits(ours, ids), their_logits(theirs, ids), atol=5e-5, rtol=1e-5
     )
 
 

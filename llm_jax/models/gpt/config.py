@@ -83,3 +83,9 @@ class Config:
             remat=self.remat,
             init_stddev=self.init_stddev,
         )
+
+    def flops_sizes(self) -> dict[str, int | bool]:
+        """The sizes that `metrics.throughput.transformer_flops` counts matmuls by."""
+        names = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+                 "gated", "vocab_size")  # fmt: skip
+        return {name: getattr(self, name) for name in names}

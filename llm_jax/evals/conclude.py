@@ -1,0 +1,210 @@
+"""What a finished run shows: perplexity, compression file by file, samples, and the report."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from llm_jax.core.config import to_dict
+from llm_jax.core.types import Model, Tokenizer
+from llm_jax.data.held_out import held_out_documents
+from llm_jax.data.prepare import Prepared
+from llm_jax.evals.perplexity import (
+    Comparison,
+    Document,
+    Perplexity,
+    compare_with_compressors,
+    summarize,
+)
+from llm_jax.generate.engine import Engine
+from llm_jax.generate.sampler import SamplingConfig
+from llm_jax.metrics.report import write_report
+from llm_jax.sharding.rules import AxisRules
+from llm_jax.training.config import RunConfig
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """summary: see `perplexity.summarize`; files: by model and by compressors, worst first."""
+
+    step: int
+    summary: dict[str, float]
+    files: list[Comparison]
+
+    def save(self, workdir: Path) -> Path:
+        """Writes WORKDIR/evals/perplexity_<step>.json; its presence says that the step is done."""
+        path = workdir / "evals" / f"perplexity_{self.step}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        partial.rename(path)
+        return path
+
+    def compressors(self) -> dict[str, float]:
+        """Bits per byte over all files, for "gzip" and "xz"."""
+        size = max(sum(f.bytes for f in self.files), 1)
+        return {
+            name: sum(getattr(f, name) * f.bytes for f in self.files) / size
+            for name in ("gzip", "xz")
+        }
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Tokenizer,
+    run: RunConfig,
+    rules: AxisRules,
+    workdir: Path,
+    step: int,
+    batch_size: int,
+) -> Evaluation | None:
+    """Scores the held-out documents of a run; None when it has none."""
+    found = held_out_documents(run.data, workdir, run.eval.final_bytes)
+    documents = [Document(d.name, d.text) for d in found]
+    if not documents:
+        return None
+    perplexity = Perplexity(
+        documents, tokenizer, run.data.sequence_length, batch_size, run.eval.context
+    )
+    scores = perplexity.score(model, rules)
+    files = compare_with_compressors(documents, scores)
+    files.sort(key=lambda f: f.model / f.gzip, reverse=True)
+    return Evaluation(step, summarize(scores), files)
+
+
+def show(evaluation: Evaluation, console: Console, most_files: int = 12) -> None:
+    """The comparison as a table, the files that the model does worst on first."""
+    table = Table(title="held-out bits per byte", title_justify="left")
+    for name in ("file", "bytes", "model", "gzip -9", "xz -9"):
+        table.add_column(name, justify="left" if name == "file" else "right", overflow="fold")
+    for f in evaluation.files[:most_files]:
+        table.add_row(f.name, f"{f.bytes:,}", *(f"{x:.3f}" for x in (f.model, f.gzip, f.xz)))
+    others = len(evaluation.files) - most_files
+    if others > 0:
+        table.add_row(f"... {others} more, where it does better", "", "", "", "")
+    total = evaluation.compressors()
+    bits = evaluation.summary["bits_per_byte"]
+    table.add_section()
+    table.add_row(
+        f"all {len(evaluation.files)}",
+        f"{evaluation.summary['bytes']:,}",
+        *(f"[bold]{x:.3f}[/]" for x in (bits, total["gzip"], total["xz"])),
+    )
+    console.print(table)
+    better = {
+        name: sum(f.model < getattr(f, name) for f in evaluation.files) for name in ("gzip", "xz")
+    }
+    console.print(
+        f"perplexity {evaluation.summary['perplexity']:.2f} per token; beats gzip -9 on "
+        f"{better['gzip']} and xz -9 on {better['xz']} of {len(evaluation.files)} files"
+    )
+
+
+def sample(model: Model, tokenizer: Tokenizer, run: RunConfig) -> list[dict[str, str]]:
+    """One completion for each of `eval.sample_prompts`."""
+    if not run.eval.sample_prompts or not hasattr(model, "init_cache"):
+        return []
+    config = SamplingConfig(temperature=0.8, top_p=0.95, max_tokens=run.eval.sample_tokens)
+    completions = Engine(model, tokenizer).generate(list(run.eval.sample_prompts), config)
+    return [
+        {"prompt": prompt, "text": completion.text}
+        for prompt, completion in zip(run.eval.sample_prompts, completions, strict=True)
+    ]
+
+
+def report(
+    workdir: Path,
+    title: str,
+    run: RunConfig,
+    prepared: Prepared,
+    epochs: dict[str, float],
+    num_params: int,
+    evaluation: Evaluation | None,
+    samples: list[dict[str, str]],
+) -> Path:
+    """Writes report.html."""
+    summary: dict[str, Any] = {"parameters": f"{num_params:,}"}
+    compression = None
+    if evaluation is not None:
+        total = evaluation.compressors()
+        summary = {
+            "held-out bits per byte": round(evaluation.summary["bits_per_byte"], 3),
+            "gzip -9": round(total["gzip"], 3),
+            "xz -9": round(total["xz"], 3),
+            "perplexity per token": round(evaluation.summary["perplexity"], 2),
+            **summary,
+        }
+        compression = [
+            {
+                "name": f.name,
+                "bytes": f.bytes,
+                "model_bpb": f.model,
+                "gzip_bpb": f.gzip,
+                "xz_bpb": f.xz,
+            }
+            for f in evaluation.files
+        ]
+    data = {
+        index.source["path"]: {
+            "documents": index.documents("train"),
+            "held out": index.documents("held_out"),
+            "tokens": index.tokens("train"),
+            "bytes": index.text_bytes("train"),
+            "epochs": round(epochs.get(index.folder.name, 0.0), 3),
+        }
+        for index in prepared.indices
+    }
+    return write_report(
+        workdir,
+        title=title,
+        config=to_dict(run),
+        summary=summary,
+        samples=samples,
+        data=data,
+        compression=compression,
+    )
+
+
+def conclude(
+    model: Model,
+    prepared: Prepared,
+    run: RunConfig,
+    rules: AxisRules,
+    workdir: Path,
+    *,
+    title: str,
+    step: int,
+    epochs: dict[str, float],
+) -> Evaluation | None:
+    """Evaluates, samples and reports; process 0 prints and writes."""
+    console = Console(soft_wrap=not Console().is_terminal)
+    first = jax.process_index() == 0
+    batch_size = run.train.batch_size
+    if first:
+        console.print("evaluating on held-out documents")
+    evaluation = evaluate(model, prepared.tokenizer, run, rules, workdir, step, batch_size)
+    samples = sample(model, prepared.tokenizer, run) if jax.process_count() == 1 else []
+    if not first:
+        return evaluation
+    if evaluation is None:
+        console.print("no held-out documents: data.held_out_fraction is 0 or the corpus is tiny")
+    else:
+        evaluation.save(workdir)
+        show(evaluation, console)
+    for item in samples:
+        console.rule(f"sample: {item['prompt']!r}", align="left")
+        console.print(item["prompt"] + item["text"], markup=False, highlight=False)
+        console.rule()
+    num_params = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    path = report(workdir, title, run, prepared, epochs, num_params, evaluation, samples)
+    console.print(f"checkpoint {workdir / 'checkpoints' / str(step)}", highlight=False)
+    console.print(f"report     {path}", highlight=False)
+    return evaluation

@@ -1,0 +1,51 @@
+"""Perplexity of a checkpoint: `python -m llm_jax.evaluate --workdir runs/tiny [--step N]`."""
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from llm_jax.checkpoint.load import load_model
+from llm_jax.core import flags
+from llm_jax.evals.conclude import evaluate, show
+from llm_jax.sharding.distributed import start_distributed
+from llm_jax.sharding.mesh import MeshConfig, make_mesh
+from llm_jax.sharding.rules import AxisRules
+
+
+def main() -> None:
+    parser = flags.make_parser(
+        "evaluate", "Perplexity and bits per byte on the held-out documents.", config=False
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--batch_size", type=int, help="windows at a time; default: as in training")
+    arguments = flags.parse(parser)
+    start_distributed()
+    # Parameters in shares over whatever devices are here: the training mesh may not fit them.
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    loaded = load_model(arguments.workdir, arguments.step, mesh=mesh)
+    batch_size = arguments.batch_size or loaded.run.train.batch_size
+    evaluation = evaluate(
+        loaded.model,
+        loaded.tokenizer,
+        loaded.run,
+        AxisRules(mesh),
+        arguments.workdir,
+        loaded.step,
+        batch_size,
+    )
+    if evaluation is None:
+        raise flags.RunError(
+            f"{arguments.workdir} has no held-out documents: see data.held_out_fraction"
+        )
+    if jax.process_index() == 0:
+        show(evaluation, Console())
+        print(f"step {loaded.step}, {count(loaded.model):,} parameters")
+        print(f"scores {evaluation.save(arguments.workdir)}")
+
+
+def count(model: nnx.Module) -> int:
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+if __name__ == "__main__":
+    flags.run_entry(main)

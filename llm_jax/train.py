@@ -1,0 +1,143 @@
+"""Trains a model: `python -m llm_jax.train --config configs/gpt_tiny.py --workdir runs/tiny`.
+
+The same command again goes on where the run stopped.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from llm_jax.checkpoint.manager import Checkpointer, RunFiles, read_folder
+from llm_jax.core import flags
+from llm_jax.core.config import load, to_dict
+from llm_jax.data.pipeline import make_loader
+from llm_jax.data.prepare import Prepared, prepare
+from llm_jax.data.progress import Silent, make_progress
+from llm_jax.data.sources import source_for
+from llm_jax.evals.conclude import conclude
+from llm_jax.metrics.throughput import mfu, peak_flops, transformer_flops
+from llm_jax.metrics.writer import MetricWriter
+from llm_jax.sharding.distributed import start_distributed
+from llm_jax.sharding.mesh import make_mesh
+from llm_jax.sharding.place import row_share
+from llm_jax.training.config import RunConfig, check_vocabulary, describe, differences, resolve
+from llm_jax.training.guard import EXIT_STATUS, lock_workdir
+from llm_jax.training.loop import Loop
+from llm_jax.training.program import Program, build_program
+
+
+def main() -> None:
+    arguments = flags.parse(flags.make_parser("train", __doc__.splitlines()[0], config=True))
+    config = load(arguments.config, arguments.overrides)
+    if arguments.data is not None:
+        config.data.sources = (source_for(arguments.data),)
+    run = resolve(config)
+    start_distributed()
+    with lock_workdir(arguments.workdir):
+        stopped_by = train(run, arguments.workdir, title=Path(arguments.config).stem)
+    if stopped_by:
+        sys.exit(EXIT_STATUS.get(stopped_by, 1))
+
+
+def train(run: RunConfig, workdir: Path, title: str) -> str | None:
+    """Runs the experiment to its end, from its newest checkpoint. Returns the signal that ended it."""
+    first = jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first else lambda text: None
+    say(describe(run))
+    program = build_program(run, make_mesh(run.mesh))
+    shape = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    kind = jax.devices()[0].device_kind
+    say(f"{program.num_params:,} parameters on {jax.device_count()} {kind}, mesh {shape}")
+    if peak_flops(kind) is None:
+        say(f"no peak FLOP/s known for {kind!r}: MFU is not reported")
+
+    prepared = prepare_together(run, workdir)
+    for line in prepared.lines():
+        say(line)
+    check_vocabulary(run, prepared.tokenizer.vocab_size)
+    share = row_share(program.rules, run.train.batch_size)
+    loaders = functools.partial(
+        make_loader,
+        run.data,
+        workdir=workdir,
+        tokenizer=prepared.tokenizer,
+        objective=program.objective,
+        batch_size=run.train.batch_size,
+        process_index=share.index,
+        process_count=share.count,
+    )
+    loader = loaders()
+    files = functools.partial(
+        RunFiles, to_dict(run), tokenizer=read_folder(prepared.folder / "tokenizer")
+    )
+    checkpointer = Checkpointer(workdir / "checkpoints", run.checkpoint, say=say)
+    restored = checkpointer.restore_latest(program.abstract_state, program.state_shardings)
+    if restored is None:
+        state = program.init(jax.random.key(run.train.seed))
+    else:
+        state, saved = restored
+        loader.set_state(saved.loader)
+        say(f"resuming after step {int(state.step)}")
+        for line in differences(saved.config, to_dict(run)):
+            say(f"changed since that checkpoint: {line}")
+
+    step = int(state.step)
+    writer = MetricWriter(workdir, num_steps=run.train.num_steps, start_step=step, enabled=first)
+    with writer:
+        loop = Loop(
+            run,
+            program,
+            loader,
+            checkpointer,
+            writer,
+            files=lambda loader_state: files(loader=loader_state),
+            held_out=lambda: loaders(split="held_out"),
+            throughput=functools.partial(throughput, run, program),
+        )
+        outcome = loop.fit(state)
+    checkpointer.close()
+    epochs = loader.epochs()
+    loader.close()
+    if outcome.stopped_by:
+        say(f"stopped by {outcome.stopped_by}, saved at step {loop.last_saved}; run again to go on")
+        return outcome.stopped_by
+    model = program.model(outcome.state)
+    step = int(outcome.state.step)
+    conclude(model, prepared, run, program.rules, workdir, title=title, step=step, epochs=epochs)
+    return None
+
+
+def prepare_together(run: RunConfig, workdir: Path) -> Prepared:
+    """Process 0 makes tokenizer and shards; the others find them made."""
+    if jax.process_index() != 0:
+        multihost_utils.sync_global_devices("prepared")
+        return prepare(run.data, workdir, progress=Silent())
+    prepared = prepare(run.data, workdir, progress=make_progress())
+    multihost_utils.sync_global_devices("prepared")
+    return prepared
+
+
+def throughput(run: RunConfig, program: Program, steps_per_second: float) -> dict[str, float]:
+    """tokens_per_second over all devices, and mfu by both conventions where the peak is known."""
+    rate = steps_per_second * run.train.batch_size * run.data.sequence_length
+    metrics = {"tokens_per_second": rate}
+    if not hasattr(run.model, "flops_sizes"):
+        return metrics
+    for name, causal_half in (("mfu", False), ("mfu_causal_half", True)):
+        flops = transformer_flops(
+            **run.model.flops_sizes(),
+            sequence_length=run.data.sequence_length,
+            causal_half=causal_half,
+        )
+        kind = program.mesh.devices.flat[0].device_kind
+        share = mfu(rate, flops, program.mesh.size, kind)
+        if share is not None:
+            metrics[name] = share
+    return metrics
+
+
+if __name__ == "__main__":
+    flags.run_entry(main)
