@@ -117,18 +117,18 @@ def _stream_speed(data: DataConfig, workdir: Path, prepared: Prepared) -> dict:
         batch_size=16,
     )
     source = open_source(data.sources[0], workdir / "data" / "cache")
-    texts = [source[i]["text"] for i in range(0, len(source), 7)]
+    texts = [source[i]["text"] for i in range(len(source))]
     encode = prepared.tokenizer.encode_batch
     size = sum(map(len, encode(texts)))
     for _ in range(100):  # the slots' first documents are read at once: not the steady state
         next(loader)
     alone = whole = 0.0
     batches = size // (16 * data.sequence_length)
-    for _ in range(5):
+    for _ in range(2):
         alone += _cpu_seconds(lambda: encode(texts))
         whole += _cpu_seconds(lambda: [next(loader) for _ in range(batches)])
-    streamed_tokens = 5 * batches * 16 * data.sequence_length
-    return {"stream": int(streamed_tokens / whole), "tokenizer_alone": int(5 * size / alone)}
+    streamed_tokens = 2 * batches * 16 * data.sequence_length
+    return {"stream": int(streamed_tokens / whole), "tokenizer_alone": int(2 * size / alone)}
 
 
 def _cpu_seconds(call: Callable) -> float:
@@ -164,7 +164,8 @@ def measure_memory(corpus: Path, workdir: Path) -> dict:
     """
     tokenizer = {"name": "sentencepiece", "vocab_size": 2048, "training_bytes": 2e6}
     tokenizer["scan_bytes"] = 8e6
-    sources = [{"name": "text", "path": str(corpus)}]
+    # One size of document, which bounds the memory, whatever the size of the corpus.
+    sources = [{"name": "text", "path": str(corpus), "document_bytes": 1 << 20}]
     section = {"sources": sources, "tokenizer": tokenizer, "num_workers": 2}
     prepare(resolve_data(section | {"mode": "stream"}), workdir)
     data = resolve_data(section)

@@ -111,14 +111,11 @@ def component(kind: str, name: str) -> types.ModuleType:
       ConfigError: no such module; lists what the folder holds and suggests the nearest.
     """
     package = importlib.import_module(f"llm_jax.{kind}")
-    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
-    choices = []
-    for candidate in names:
-        if candidate == name:
-            module = importlib.import_module(f"llm_jax.{kind}.{name}")
-            if hasattr(module, "make"):
-                return module
-        choices.append(candidate)
+    found = {m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "__main__"}
+    importable = lambda n: importlib.import_module(f"llm_jax.{kind}.{n}")  # noqa: E731
+    if name in found and hasattr(importable(name), "make"):
+        return importable(name)
+    choices = sorted(n for n in found if hasattr(importable(n), "make"))
     raise ConfigError(
         f"{kind} has no {name!r}{nearest(name, choices)}; choices: {', '.join(choices)}"
     )

@@ -51,6 +51,8 @@ class Mlp(nnx.Module):
         if config.bias:
             self.up_bias = param(rngs, (config.mlp_dim,), ("mlp",), zeros)
             self.down_bias = param(rngs, (embed_dim,), ("embed",), zeros)
+        if config.bias and config.gated:
+            self.gate_bias = param(rngs, (config.mlp_dim,), ("mlp",), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         config, p = self.config, self.precision
@@ -58,6 +60,8 @@ class Mlp(nnx.Module):
         if config.bias:
             h = p.add_bias(h, self.up_bias[...])
         gate = p.einsum("btd,df->btf", x, self.gate[...]) if config.gated else None
+        if config.bias and config.gated:
+            gate = p.add_bias(gate, self.gate_bias[...])
         h = constrain(_activate(config.activation, h, gate), "batch", "length", "mlp")
         y = p.einsum("btf,fd->btd", h, self.down[...])
         return p.add_bias(y, self.down_bias[...]) if config.bias else y

@@ -14,6 +14,7 @@ import pytest
 from corpora import NextToken, data_config, make_texts, write_jsonl
 
 from llm_jax.core.config import ConfigError, to_dict
+from llm_jax.core.flags import run_entry
 from llm_jax.data import prepare as prepare_module
 from llm_jax.data.config import resolve_data
 from llm_jax.data.documents import tokenize_documents
@@ -297,17 +298,22 @@ def test_a_tokenizer_that_yields_its_own_border_is_refused():
         tokenize_documents(FakeTokenizer(97, 2), ["ab"])
 
 
-def test_entry(tmp_path, corpus, capsys):
+def test_entry(tmp_path, corpus, capsys, monkeypatch):
     config = tmp_path / "config.py"
     config.write_text(
         "import ml_collections\n"
         "def get_config():\n"
         "    return ml_collections.ConfigDict({'data': {'tokenizer': {'name': 'raw_bytes'}}})\n"
     )
-    flags = [f"--config={config}", "--workdir", str(tmp_path / "run")]
-    assert main([*flags, "--data", corpus, "--config.data.held_out_fraction=0.2"]) == 0
+
+    def run(*flags):
+        common = [f"--config={config}", "--workdir", str(tmp_path / "run")]
+        monkeypatch.setattr(sys, "argv", ["prepare", *common, *flags])
+        run_entry(main)
+
+    run("--data", corpus, "--config.data.held_out_fraction=0.2")
     assert "249 documents, 33,334 tokens to train on; 51 held out" in capsys.readouterr().out
-    assert main(flags) == 2
-    assert "data.sources is empty" in capsys.readouterr().err
-    assert main([*flags, "--data", str(tmp_path / "nowhere")]) == 2
-    assert "no file or folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"error: data\.sources is empty"):
+        run()
+    with pytest.raises(SystemExit, match=r"error: data: no file or folder at .*nowhere'"):
+        run("--data", str(tmp_path / "nowhere"))

@@ -31,6 +31,7 @@ def folder(tmp_path):
         "deep/er/c.md": "third",
         "deep/skipped.bin": "no text",
         ".hidden/d.txt": "hidden",
+        "deep/.e.txt": "hidden",
         "tests/e.txt": "a test",
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ CASES = {
     "llama": ("llama", {"rope_theta": 500.0}),
     "llama_grouped": ("llama", {"num_kv_heads": 2, "norm_epsilon": 1e-3}),
     "llama_head_dim": ("llama", {"num_kv_heads": 3, "head_dim": 16, "tie_embeddings": True}),
-    "llama_biases": ("llama", {"num_kv_heads": 2, **BIASES}),
+    "llama_biases": ("llama", {"num_kv_heads": 2, "mlp_bias": True, **BIASES}),
     "llama_scaled": ("llama", {"rope_scaling": SCALING, "rope_theta": 100.0}),
     "llama_gelu": ("llama", {"activation": "gelu", "num_layers": 1}),
     "qwen2": ("qwen2", {"num_kv_heads": 2, "attention_bias": True, "head_dim": 10}),
@@ -163,6 +163,7 @@ THEIR_CASES = {
         {
             **LLAMA_LIKE,
             "attention_bias": True,
+            "mlp_bias": True,
             "tie_word_embeddings": True,
             "rope_parameters": {
                 "rope_type": "llama3",
@@ -249,7 +250,6 @@ def test_llama_3_config_by_values():
         ({"position": "none"}, "position"),
         ({"gated": False}, "gated"),
         ({"norm": "layernorm"}, "norm"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"attention_out_bias": True}, "attention_out_bias"),
         ({**GPT2, "num_kv_heads": 2}, "num_kv_heads"),
         ({**GPT2, "head_dim": 4}, "head_dim"),
@@ -268,7 +268,6 @@ def test_a_model_that_hugging_face_lacks_is_refused_by_field(fields, named):
     [
         ({"model_type": "bloom"}, "model_type = 'bloom'.*gpt2, llama"),
         ({"hidden_act": "mish"}, "mish"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "high_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -136,8 +136,11 @@ _LLAMA_BLOCK = (
     Row("attention.out_bias", "D", "self_attn.o_proj.bias", "D"),
     Row("mlp_norm.scale", "D", "post_attention_layernorm.weight", "D"),
     Row("mlp.gate", "D F", "mlp.gate_proj.weight", "F D"),
+    Row("mlp.gate_bias", "F", "mlp.gate_proj.bias", "F"),
     Row("mlp.up", "D F", "mlp.up_proj.weight", "F D"),
+    Row("mlp.up_bias", "F", "mlp.up_proj.bias", "F"),
     Row("mlp.down", "F D", "mlp.down_proj.weight", "D F"),
+    Row("mlp.down_bias", "D", "mlp.down_proj.bias", "D"),
 )
 
 GPT2 = Architecture(
@@ -191,7 +194,6 @@ _LLAMA_FIXED = {
     "norm_bias": False,
     "position": "rotary",
     "gated": True,
-    "mlp_bias": False,  # LlamaMLP's biases are three, one on the gate, which nn.mlp.Mlp lacks
     "qk_norm": False,
 }
 _LLAMA_FIELDS = (
@@ -207,6 +209,7 @@ _LLAMA_FIELDS = (
     ("norm_epsilon", "rms_norm_eps", 1e-6),
     ("tie_embeddings", "tie_word_embeddings", False),
     ("attention_bias", "attention_bias", False),
+    ("mlp_bias", "mlp_bias", False),
     ("init_stddev", "initializer_range", 0.02),
 )
 
@@ -221,7 +224,7 @@ LLAMA = Architecture(
         # LlamaConfig refuses another size, even where head_dim makes it harmless.
         "embed_dim": values["embed_dim"] // values["num_heads"] * values["num_heads"],
     },
-    only={"mlp_bias": False},
+    only={},
     written={"attention_dropout": 0.0},
     buffers=re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
     tensors=(
@@ -239,7 +242,9 @@ _QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
 }
 _QWEN_FIELDS = tuple(
-    (ours, key, _QWEN_DEFAULTS.get(key, default)) for ours, key, default in _LLAMA_FIELDS
+    (ours, key, _QWEN_DEFAULTS.get(key, default))
+    for ours, key, default in _LLAMA_FIELDS
+    if key != "mlp_bias"
 )
 
 QWEN2 = dataclasses.replace(
@@ -247,7 +252,12 @@ QWEN2 = dataclasses.replace(
     model_type="qwen2",
     class_name="Qwen2ForCausalLM",
     fields=tuple(field for field in _QWEN_FIELDS if field[0] != "attention_bias"),
-    fixed=lambda values: {**_LLAMA_FIXED, "attention_bias": True, "attention_out_bias": False},
+    fixed=lambda values: {
+        **_LLAMA_FIXED,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+    },
     only={"use_sliding_window": False},
 )
 
@@ -261,6 +271,7 @@ QWEN3 = dataclasses.replace(
     fixed=lambda values: {
         **_LLAMA_FIXED,
         "attention_out_bias": values["attention_bias"],
+        "mlp_bias": False,
         "qk_norm": True,
     },
     only={"use_sliding_window": False},
