@@ -11,12 +11,14 @@ says so when it finds what a killed run left. Arrays are restored onto whatever 
 import contextlib
 import dataclasses
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from llm_jax.core.config import ConfigError
@@ -108,7 +110,7 @@ class Checkpointer:
         policies = ocp.training.preservation_policies
         keep = None
         if config is not None:
-            self._report_leftovers()
+            self._remove_leftovers()
             keep = policies.AnyPreservationPolicy(
                 [policies.LatestN(config.keep_last)]
                 + ([policies.EveryNSteps(config.keep_every)] if config.keep_every else [])
@@ -117,18 +119,16 @@ class Checkpointer:
             raise ConfigError(
                 f"no checkpoints at {self.directory}: train first, or check --workdir"
             )
-        self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=keep,
-            cleanup_tmp_directories=config is not None,
-        )
+        self._orbax = ocp.training.Checkpointer(self.directory, preservation_policy=keep)
 
-    def _report_leftovers(self) -> None:
+    def _remove_leftovers(self) -> None:
         for path in sorted(self.directory.glob("*.orbax-checkpoint-tmp*")):
             self._say(
                 f"checkpoint of step {path.name.partition('.')[0]} was not finished: "
                 "it is removed, and the one before it is used"
             )
+            if jax.process_index() == 0:
+                shutil.rmtree(path)
 
     def steps(self) -> list[int]:
         return [c.step for c in self._orbax.checkpoints]
@@ -141,7 +141,11 @@ class Checkpointer:
         self.wait()
         items = {
             "model": {"params": state.params, "extra": state.extra},
-            "optimizer": {"step": state.step, "key": state.key, "opt_state": state.opt_state},
+            "optimizer": {
+                "step": state.step,
+                "key": jax.random.key_data(state.key),
+                "opt_state": state.opt_state,
+            },
             "run": FolderItem(run.to_files()),
         }
         with self._no_lost_checkpoint(step):
@@ -193,7 +197,7 @@ class Checkpointer:
         folder = self.directory / str(step)
         if jax.process_index() == 0:
             folder.rename(folder.with_name(f"{step}.damaged"))
-        ocp.multihost.sync_global_processes(f"set_aside_{step}")
+        multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
         self._orbax.reload()
 
     def restore(
@@ -210,11 +214,16 @@ class Checkpointer:
         )
         wanted = {
             "model": {"params": placed.params, "extra": placed.extra},
-            "optimizer": {"step": placed.step, "key": placed.key, "opt_state": placed.opt_state},
+            "optimizer": {
+                "step": placed.step,
+                "key": jax.eval_shape(jax.random.key_data, placed.key),
+                "opt_state": placed.opt_state,
+            },
         }
         out = self._load(step, wanted)
         state = TrainState(**out["model"], **out["optimizer"])
-        return state, RunFiles.from_files(out["run"].files)
+        state = dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
+        return state, self._parse(step, out["run"].files)
 
     def restore_params(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
         """`{"params", "extra"}` of one step; abstract leaves carry the shardings."""
@@ -222,12 +231,15 @@ class Checkpointer:
 
     def run_files(self, step: int) -> RunFiles:
         """Config, loader state and tokenizer, without reading arrays."""
+        return self._parse(step, read_folder(self.directory / str(step) / "run"))
+
+    def _parse(self, step: int, files: Mapping[str, bytes]) -> RunFiles:
         try:
-            return RunFiles.from_files(read_folder(self.directory / str(step) / "run"))
-        except (OSError, KeyError, ValueError) as error:
+            return RunFiles.from_files(files)
+        except (KeyError, ValueError) as error:
             raise CheckpointDamaged(self._damaged(step, error)) from None
 
-    def _damaged(self, step: int, error: Exception) -> str:
+    def _damaged(self, step: int, error: Exception | str) -> str:
         return f"checkpoint {self.directory / str(step)} cannot be read ({_reason(error)})"
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +249,8 @@ class Checkpointer:
                 found = ocp.metadata(folder, part).metadata
             except Exception as error:
                 raise CheckpointDamaged(self._damaged(step, error)) from None
+            if jax.tree.leaves(tree) and not jax.tree.leaves(found):
+                raise CheckpointDamaged(self._damaged(step, f"{part} holds no arrays"))
             differences = tree_differences(tree, found)
             if differences:
                 raise CheckpointMismatch(
@@ -251,9 +265,9 @@ class Checkpointer:
             raise CheckpointDamaged(self._damaged(step, error)) from None
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException | str) -> str:
     """The first line of the error at the bottom of the chain: Orbax wraps what the system said."""
-    while error.__cause__ is not None:
+    while getattr(error, "__cause__", None) is not None:
         error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 

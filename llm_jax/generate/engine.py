@@ -216,7 +216,7 @@ class Engine:
         used = _power_of_two(max(longest, SMALLEST_PROMPT)) if longest else 0
         size = _power_of_two(max(used + 1, SMALLEST_CACHE))
         cache, state = self._start(rows, numbers, config.seed, used, size)
-        temperature, top_p = np.float32(config.temperature), np.float32(config.top_p or 1.0)
+        temperature, top_p = jnp.float32(config.temperature), jnp.float32(config.top_p or 1.0)
         pending: collections.deque[Drawn] = collections.deque()
         for _ in range(max(stream.limit for stream in streams)):
             if used == size:

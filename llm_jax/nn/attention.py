@@ -162,7 +162,9 @@ class Attention(nnx.Module):
         out = dot_product_attention(p, query, key, value, mask)
         weights = attention_weights(query, key, mask, p) if keep_weights else None
         out = checkpoint_name(out, "attention")
-        y = p.einsum("btnh,nhd->btd", out, self.out[...])
+        # einsum sums over its labels in alphabetical order: with n and h it would transpose the
+        # weight at every call, which takes as long as the product itself for a single token.
+        y = p.einsum("btgh,ghd->btd", out, self.out[...])
         if config.out_bias:
             y = p.add_bias(y, self.out_bias[...])
         return y, weights, cache
