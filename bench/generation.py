@@ -9,24 +9,21 @@ beside the table, so that numbers from different days can be compared.
 """
 
 import argparse
-import dataclasses
-import json
+import functools
 import os
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bench.measure import interleaved, json_flag, machine, show, write_json
 from llm_jax.data.tokenizers.pieces import PieceTokenizer
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.models.gpt import Config, make
 from llm_jax.nn.precision import Precision
+
+Generate = Callable[[np.ndarray, SamplingConfig], None]
 
 VOCAB_SIZE, LAYERS, EMBED_DIM, HEADS, MAX_LENGTH = 8192, 6, 384, 6, 1024
 PROMPT_LENGTH, NEW_TOKENS, REPEATS = 32, 128, 3
@@ -46,21 +43,7 @@ class NoText(PieceTokenizer):
     encode_batch = save_huggingface = encode
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """tokens_per_second: of all rows together."""
-
-    batch_size: int
-    method: str
-    ours: float
-    hugging_face: float
-
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.hugging_face
-
-
-def ours() -> Callable[[np.ndarray, SamplingConfig], None]:
+def ours() -> Generate:
     config = Config(
         vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, num_layers=LAYERS, num_heads=HEADS,
         max_length=MAX_LENGTH, norm="layernorm", norm_bias=True, position="learned",
@@ -76,7 +59,7 @@ def ours() -> Callable[[np.ndarray, SamplingConfig], None]:
     return run
 
 
-def hugging_face() -> Callable[[np.ndarray, SamplingConfig], None]:
+def hugging_face() -> Generate:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -103,54 +86,38 @@ def hugging_face() -> Callable[[np.ndarray, SamplingConfig], None]:
     return run
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def matmul_gflops() -> float:
-    """The best of 20 products of [1024, 1024] in float32."""
-    x = jnp.ones((1024, 1024))
-    product = jax.jit(lambda x: x @ x)
-    best = min(seconds(lambda: product(x).block_until_ready()) for _ in range(20))
-    return 2 * 1024**3 / best / 1e9
-
-
-def measure(batch_size: int, config: SamplingConfig, sides: list[Callable]) -> Result:
+def measure(
+    batch_size: int, config: SamplingConfig, sides: Mapping[str, Generate]
+) -> dict[str, float]:
+    """Tokens per second of each side, all rows together."""
     prompts = np.random.default_rng(0).integers(1, VOCAB_SIZE, (batch_size, PROMPT_LENGTH))
-    for side in sides:
-        side(prompts, config)
-    times = [[seconds(lambda s=side: s(prompts, config)) for side in sides] for _ in range(REPEATS)]
-    rates = [
-        batch_size * NEW_TOKENS / statistics.median(column)
-        for column in zip(*times, strict=True)
-    ]  # fmt: skip
-    return Result(batch_size, "greedy" if config.temperature == 0 else "top_p 0.95", *rates)
+    contenders = {
+        name: functools.partial(generate, prompts, config) for name, generate in sides.items()
+    }
+    medians = interleaved(contenders, REPEATS)
+    return {name: batch_size * NEW_TOKENS / seconds for name, seconds in medians.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the results there")
+    json_flag(parser)
     parser.add_argument("--sampled", action="store_true", help="temperature 0.8, top_p 0.95 too")
     arguments = parser.parse_args()
-    sides = [ours(), hugging_face()]
-    load, gflops = os.getloadavg()[0], matmul_gflops()
-    print(f"{os.cpu_count()} cores, matmul {gflops:.0f} GFLOP/s, load before {load:.1f}")
-    print(f"{'batch':>5}  {'method':<10}  {'ours tok/s':>10}  {'HF tok/s':>10}  {'ratio':>5}")
-    configs = [SamplingConfig(temperature=0.0, max_tokens=NEW_TOKENS)]
+    about = {"load_before": os.getloadavg()[0], "cores": os.cpu_count(), **machine()}
+    methods = {"greedy": SamplingConfig(temperature=0.0, max_tokens=NEW_TOKENS)}
     if arguments.sampled:
-        configs.append(SamplingConfig(temperature=0.8, top_p=0.95, max_tokens=NEW_TOKENS))
-    results = []
-    for config in configs:
+        methods["top_p 0.95"] = SamplingConfig(temperature=0.8, top_p=0.95, max_tokens=NEW_TOKENS)
+    sides = {"ours": ours(), "hugging_face": hugging_face()}
+    rows = []
+    for method, config in methods.items():
         for batch_size in (1, 16):
-            result = measure(batch_size, config, sides)
-            results.append(dataclasses.asdict(result) | {"ratio": result.ratio})
-            print(f"{result.batch_size:>5}  {result.method:<10}  {result.ours:>10.1f}  "
-                  f"{result.hugging_face:>10.1f}  {result.ratio:>5.2f}", flush=True)  # fmt: skip
-    if arguments.json:
-        report = {"matmul_gflops": gflops, "load_before": load, "results": results}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            rates = measure(batch_size, config, sides)
+            ratio = rates["ours"] / rates["hugging_face"]
+            rows.append({"method": method, "batch_size": batch_size, **rates, "ratio": ratio})
+    columns = ("method", "batch", "ours, tokens/s", "Hugging Face, tokens/s", "ratio")
+    title = "Generation, 14M parameters, float32, 32 + 128 tokens"
+    show(title, columns, [list(row.values()) for row in rows], about)
+    write_json(arguments.json, {"machine": about, "results": rows})
 
 
 if __name__ == "__main__":

@@ -189,9 +189,7 @@ def compare(sizes: Sizes, rounds: int) -> dict:
     contenders = {name: step for name, step in contenders.items() if step is not None}
     seconds = measure.interleaved(contenders, rounds)
     about, own = measure.machine(), seconds["llm_jax float32"]
-    rows = [
-        (name, 1e3 * s, sizes.batch * sizes.length / s, own / s) for name, s in seconds.items()
-    ]
+    rows = [(name, 1e3 * s, sizes.batch * sizes.length / s, own / s) for name, s in seconds.items()]
     title = f"train step, {dataclasses.asdict(sizes)}"
     measure.show(title, ("step", "ms", "tokens/s", "x own float32"), rows, about)
     return {"sizes": dataclasses.asdict(sizes), "machine": about, "seconds": seconds}

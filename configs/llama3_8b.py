@@ -1,9 +1,9 @@
-"""Llama 3 8B, to the letter: grouped queries, vocabulary of 128,256, theta 500,000.
+r"""Llama 3 8B, to the letter: grouped queries, vocabulary of 128,256, theta 500,000.
 
 Purpose:  pretraining at 8 B (Grattafiori et al. 2024, table 3); exports to LlamaForCausalLM.
 Hardware: 64 or more TPU v5p chips, or 64 or more GPUs with 80 GB. State alone takes 96 GB.
 Expect:   1,000,000 steps of 8 M tokens for 8 T tokens; shorten train.num_steps to your budget.
-Command:  python -m llm_jax.train --config configs/llama3_8b.py --workdir /mnt/runs/llama3 \\
+Command:  python -m llm_jax.train --config configs/llama3_8b.py --workdir /mnt/runs/llama3 \
               --data '/mnt/texts/*.parquet' --config.data.tokenizer.path=tokenizer.json
 """
 

@@ -9,7 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 
-import pytest
+import pytest  # noqa: E402
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def corpus(tmp_path):
     import random
 
     rng = random.Random(0)
-    words = "the cat sat on a mat while rain fell over hills and rivers of old stone".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "hills"]
     for folder, count in (("code", 60), ("prose", 40)):
         (tmp_path / folder).mkdir()
         for i in range(count):

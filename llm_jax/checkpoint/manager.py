@@ -212,11 +212,12 @@ class Checkpointer:
         placed = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
+        key = jax.eval_shape(jax.random.key_data, placed.key)
         wanted = {
             "model": {"params": placed.params, "extra": placed.extra},
             "optimizer": {
                 "step": placed.step,
-                "key": jax.eval_shape(jax.random.key_data, placed.key),
+                "key": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placed.key.sharding),
                 "opt_state": placed.opt_state,
             },
         }

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.checkpoint.manager import Checkpointer, RunFiles
-from llm_jax.core.types import Weighted
+from llm_jax.core.types import Batch, Weighted
 from llm_jax.sharding.place import to_global_batch
 from llm_jax.training.config import RunConfig
 from llm_jax.training.guard import StopRequest, check_finite
@@ -74,7 +74,7 @@ class Loop:
         self.files, self.held_out, self.throughput = files, held_out, throughput
         self.last_saved: int | None = None
         self._resumed = False
-        self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self._pending: collections.deque[tuple[int, dict, dict]] = collections.deque()
         self._clock: tuple[int, float] | None = None  # a finished step and when it was seen
 
     def fit(self, state: TrainState) -> Outcome:
@@ -86,11 +86,11 @@ class Loop:
         step, last = int(state.step), self.run.train.num_steps
         self.last_saved, self._resumed = step or None, step > 0
         with StopRequest() as request:
-            batch = self._next_batch() if step < last else None
+            batch, epochs = self._draw(step + 1) if step < last else (None, {})
             while step < last:
                 state, metrics = self.program.step(state, batch)
                 step += 1
-                self._pending.append((step, metrics))
+                self._pending.append((step, metrics, epochs))
                 stop = request.agreed(step % self.run.train.log_every == 0)
                 if self.run.eval.every and step % self.run.eval.every == 0 and step < last:
                     self.evaluate(step, state)
@@ -100,7 +100,7 @@ class Loop:
                 if stop:
                     break
                 if step < last:
-                    batch = self._next_batch()
+                    batch, epochs = self._draw(step + 1)
                 self._read(keep=STEPS_IN_FLIGHT)
             self._read(keep=0)
             self.checkpointer.wait()
@@ -120,10 +120,16 @@ class Loop:
             self.writer.write_eval(step, means)
         self._clock = None  # the pause is not the step's
 
-    def _next_batch(self):
-        return self._place(next(self.loader))
+    def _draw(self, step: int) -> tuple[Batch, dict[str, float]]:
+        """The batch of this step, on its way to the devices; and the epochs it ends, if logged."""
+        batch = self._place(next(self.loader))
+        epochs = self.loader.epochs() if self._is_logged(step) else {}
+        return batch, {f"epoch/{name}": value for name, value in epochs.items()}
 
-    def _place(self, rows: Mapping[str, Any]):
+    def _is_logged(self, step: int) -> bool:
+        return step % self.run.train.log_every == 0 or step == self.run.train.num_steps
+
+    def _place(self, rows: Mapping[str, Any]) -> Batch:
         return to_global_batch(rows, self.program.rules, self.run.train.batch_size)
 
     def _save(self, step: int, state: TrainState) -> None:
@@ -134,21 +140,18 @@ class Loop:
     def _read(self, keep: int) -> None:
         """Reads the metrics of all but the newest `keep` steps, which the device has finished."""
         while len(self._pending) > keep:
-            step, arrays = self._pending.popleft()
+            step, arrays, epochs = self._pending.popleft()
             metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
             check_finite(step, metrics, self.last_saved)
             if self._clock is None:
                 self._clock = (step, time.perf_counter())
-            if step % self.run.train.log_every == 0 or step == self.run.train.num_steps:
+            if self._is_logged(step):
                 marks = {"resumed": 1.0} if self._resumed else {}
                 self._resumed = False
-                self.writer.write(step, metrics | self._speed(step) | self._epochs() | marks)
+                self.writer.write(step, metrics | self._speed(step) | epochs | marks)
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
         before, then = self._clock
         self._clock = (step, now)
         return self.throughput((step - before) / (now - then)) if step > before else {}
-
-    def _epochs(self) -> dict[str, float]:
-        return {f"epoch/{name}": value for name, value in self.loader.epochs().items()}

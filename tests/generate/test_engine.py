@@ -9,18 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import VARIANTS, tiny_model
+from tiny import GPT2, LLAMA, QWEN3, make_model
 
 from llm_jax.data.tokenizers.raw_bytes import BOS, PAD, RawBytesTokenizer
 from llm_jax.generate import engine as engine_module
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
-from llm_jax.nn.precision import Precision
 from llm_jax.nn.transformer import unstack
+from llm_jax.sharding.mesh import MeshConfig, make_mesh
+from llm_jax.sharding.rules import AxisRules, logical_axes, shardings_for
 
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=12)
 SAMPLED = SamplingConfig(top_p=0.9, max_tokens=12)
+VARIANTS = {"rotary": {}, "learned": GPT2, "grouped": LLAMA, "qk_norm": QWEN3}
 PROMPTS = ["def main(", "", "a longer prompt than any other", "héllo"]
+
+
+def tiny_model(**changes):
+    """A model of the 259 ids of raw_bytes, sure enough of them that rounding decides nothing."""
+    return make_model(**{"vocab_size": 259, "max_length": 64, "init_stddev": 0.3, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +172,7 @@ def test_text_prompts_get_a_bos_and_ids_are_taken_as_they_are(engine):
 
 
 def test_weights_cast_once_give_what_weights_cast_at_each_use_give():
-    model = tiny_model(qk_norm=True, precision=Precision("bfloat16"))
+    model = tiny_model(qk_norm=True, compute_dtype="bfloat16")
     done = Engine(model, RawBytesTokenizer()).generate([[5]], GREEDY)[0]
     split = nnx.split(unstack(model))
     cache, tokens, log_probabilities = model.init_cache(1, 256), [5], []
@@ -177,6 +184,18 @@ def test_weights_cast_once_give_what_weights_cast_at_each_use_give():
         log_probabilities.append(row.max())
     assert done.tokens == tuple(tokens[1:])
     np.testing.assert_allclose(done.log_probabilities, log_probabilities, atol=1e-6)
+
+
+def test_a_model_on_a_mesh_generates_the_same(engine):
+    model = tiny_model(vocab_size=272)
+    rules = AxisRules(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+    placed = jax.device_put(params, shardings_for(params, logical_axes(state), rules))
+    spread = Engine(nnx.merge(graphdef, nnx.State(placed)), engine.tokenizer, batch_size=4)
+    wanted = engine.generate(PROMPTS, GREEDY, top_alternatives=3)
+    got = spread.generate(PROMPTS, GREEDY)
+    assert [c.tokens for c in got] == [c.tokens for c in wanted]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,10 @@ def test_written_out_attention_gradient_is_the_derivative():
 
 def test_dropout_follows_its_key_and_train_only():
     model, batch = make_model(dropout=0.5), random_batch()
-    logits = lambda seed, train=True: run(model, batch, train=train, key=jax.random.key(seed)).logits  # noqa: E731
+
+    def logits(seed, train=True):
+        return run(model, batch, train=train, key=jax.random.key(seed)).logits
+
     np.testing.assert_array_equal(logits(0), logits(0))
     assert not np.allclose(logits(0), logits(1))
     np.testing.assert_array_equal(logits(0, train=False), run(model, batch).logits)

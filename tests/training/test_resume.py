@@ -70,13 +70,15 @@ def assert_same_run(one, other):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@pytest.fixture(params=["shards", "stream"])
+@pytest.fixture
 def config(request, corpus):
     path = corpus / "config.py"
-    path.write_text(CONFIG.format(corpus=corpus, mode=request.param))
+    mode = getattr(request, "param", "shards")
+    path.write_text(CONFIG.format(corpus=corpus, mode=mode))
     return path
 
 
+@pytest.mark.parametrize("config", ["shards", "stream"], indirect=True)
 def test_killed_runs_end_like_uninterrupted_ones(config, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, output = finish(config, whole)
@@ -99,6 +101,7 @@ def test_killed_runs_end_like_uninterrupted_ones(config, tmp_path):
     assert_same_run(whole, killed)
 
 
+@pytest.mark.parametrize("config", ["stream"], indirect=True)
 def test_sigterm_saves_and_the_next_run_goes_on(config, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert finish(config, whole)[0] == 0

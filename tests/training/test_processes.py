@@ -1,0 +1,87 @@
+"""One process with one device, one with eight, two with four: the same run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+
+CONFIG = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({{
+        "model": {{"name": "gpt", "vocab_size": 384, "embed_dim": 32, "num_layers": 2,
+                  "num_heads": 4, "mlp_dim": 64, "max_length": 32}},
+        "data": {{"sequence_length": 32, "mode": "{mode}", "tokenizer": {{"name": "raw_bytes"}},
+                 "shards_path": "{corpus}/prepared",
+                 "sources": [
+                     {{"name": "text", "path": "{corpus}/code", "weight": 0.7}},
+                     {{"name": "text", "path": "{corpus}/prose", "weight": 0.3}}]}},
+        "schedule": {{"name": "constant", "learning_rate": 3e-3}},
+        "train": {{"batch_size": 8, "log_every": 1, "compute_dtype": "float32"}},
+        "eval": {{"final_bytes": 1}},
+    }})
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def train(setup, config, workdir, num_steps):
+    """Runs to `num_steps` on a setup: "one", "eight" or "pair"."""
+    processes, devices, *mesh = {
+        "one": (1, 1),
+        "eight": (1, 8, "--config.mesh.fsdp=4", "--config.mesh.tensor=2"),
+        "pair": (2, 4, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
+    }[setup]
+    command = [sys.executable, "-m", "llm_jax.train", "--config", config, "--workdir", workdir,
+               f"--config.train.num_steps={num_steps}", *mesh]  # fmt: skip
+    fast = os.environ["XLA_FLAGS"].split(" ", 1)[1]
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {fast}"}
+    address = f"127.0.0.1:{free_port()}"
+    running = []
+    for index in range(processes):
+        if processes > 1:
+            env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes),
+                    "JAX_PROCESS_ID": str(index)}  # fmt: skip
+        running.append(
+            subprocess.Popen(list(map(str, command)), env=env, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )  # fmt: skip
+    outputs = [process.communicate(timeout=200)[0] for process in running]
+    assert [p.returncode for p in running] == [0] * processes, "\n".join(outputs)
+    return outputs
+
+
+def losses(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: r["loss"] for r in lines if "loss" in r}
+
+
+def check(mode, chain, corpus):
+    """Each link of the chain goes on from the checkpoint that the one before it left."""
+    config = corpus / "config.py"
+    config.write_text(CONFIG.format(corpus=corpus, mode=mode))
+    whole, passed_on = corpus / "whole", corpus / "passed_on"
+    train("one", config, whole, len(chain))
+    for step, setup in enumerate(chain, 1):
+        outputs = train(setup, config, passed_on, step)
+        if step > 1:
+            assert f"resuming after step {step - 1}" in outputs[0]
+    expected, found = losses(whole), losses(passed_on)
+    assert list(found) == list(range(1, len(chain) + 1))
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), atol=1e-5)
+
+
+def test_checkpoints_pass_between_all_setups(corpus):
+    check("shards", ["one", "eight", "one", "pair", "eight", "pair", "one"], corpus)
+
+
+def test_a_stream_goes_on_with_another_number_of_processes(corpus):
+    check("stream", ["one", "pair", "one"], corpus)
