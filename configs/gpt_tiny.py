@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "name": "gpt",
                 "vocab_size": vocab_size,
                 "embed_dim": 256,
-                "num_layers": 6,
+                "num_layers": 4,
                 "num_heads": 4,
                 "num_kv_heads": 4,
                 "mlp_dim": 704,
@@ -39,8 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "warmup_steps": 20,
                 "final_fraction": 0.02,
             },
-            "train": {"num_steps": 600, "batch_size": 8, "compute_dtype": "bfloat16"},
-            "checkpoint": {"save_every": 200},
-            "eval": {"every": 200, "sample_prompts": ["def main("]},
+            "train": {"num_steps": 700, "batch_size": 8, "compute_dtype": "bfloat16"},
+            "checkpoint": {"save_every": 250},
+            "eval": {"every": 100, "sample_prompts": ["def main("]},
         }
     )

@@ -67,7 +67,10 @@ def dot_product_attention(
 
 def _attention_forward(precision, query, key, value, mask):
     weights = precision.cast(attention_weights(query, key, mask, precision))
-    out = precision.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+    # Rounded before the axes move: XLA's CPU backend has no bfloat16 product with float32 sums that
+    # also moves them, and fails on the keys of a cache.
+    out = precision.einsum("bkgts,bskh->bkgth", weights, value)
+    out = jnp.moveaxis(out, 3, 1).reshape(query.shape)
     return out, (query, key, value, weights, out)
 
 
