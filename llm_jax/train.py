@@ -12,11 +12,11 @@ from jax.experimental import multihost_utils
 
 from llm_jax.checkpoint.manager import Checkpointer, RunFiles, read_folder
 from llm_jax.core import flags
-from llm_jax.core.config import load, to_dict
+from llm_jax.core.config import to_dict
+from llm_jax.data.config import load_with_data
 from llm_jax.data.pipeline import make_loader
 from llm_jax.data.prepare import Prepared, prepare
 from llm_jax.data.progress import Silent, make_progress
-from llm_jax.data.sources import source_for
 from llm_jax.evals.conclude import conclude
 from llm_jax.metrics.throughput import mfu, peak_flops, transformer_flops
 from llm_jax.metrics.writer import MetricWriter
@@ -31,10 +31,7 @@ from llm_jax.training.program import Program, build_program
 
 def main() -> None:
     arguments = flags.parse(flags.make_parser("train", __doc__.splitlines()[0], config=True))
-    config = load(arguments.config, arguments.overrides)
-    if arguments.data is not None:
-        config.data.sources = (source_for(arguments.data),)
-    run = resolve(config)
+    run = resolve(load_with_data(arguments.config, arguments.overrides, arguments.data))
     start_distributed()
     with lock_workdir(arguments.workdir):
         stopped_by = train(run, arguments.workdir, title=Path(arguments.config).stem)

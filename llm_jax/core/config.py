@@ -51,13 +51,20 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     if argument and not takes_argument:
         raise ConfigError(f"{path}: get_config() of {file.name} takes no argument")
     config = module.get_config(argument) if argument else module.get_config()
-    config = ml_collections.ConfigDict(config, type_safe=False)
+    plain = _plain(config)
     for override in overrides:
-        set_override(config, override)
-    return config
+        set_override(plain, override)
+    return ml_collections.ConfigDict(plain, type_safe=False)
 
 
-def set_override(config: ml_collections.ConfigDict, override: str) -> None:
+def _plain(value: Any) -> Any:
+    """Dicts and lists all the way down: ConfigDicts refuse to change a value's type."""
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+        return {key: _plain(value[key]) for key in value}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def set_override(config: dict[str, Any], override: str) -> None:
     """Applies one `a.b.c=value`; sections that the file left out are made."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
@@ -69,23 +76,18 @@ def set_override(config: ml_collections.ConfigDict, override: str) -> None:
             node = node[_index(parent, node, dotted)]
             continue
         if node.get(parent) is None:
-            node[parent] = ml_collections.ConfigDict()
+            node[parent] = {}
         node = node[parent]
         if isinstance(node, tuple):
             raise ConfigError(
                 f"config.{'.'.join(parents[: depth + 1])}: set the whole tuple at once"
             )
-        if not isinstance(node, ml_collections.ConfigDict | list):
+        if not isinstance(node, dict | list):
             raise ConfigError(
                 f"config.{dotted}: {'.'.join(parents[: depth + 1])} is a value, not a section"
             )
-    value = _literal(text)
-    if isinstance(value, dict):
-        value = ml_collections.ConfigDict(value)
-    if isinstance(node, list):
-        node[_index(leaf, node, dotted)] = value
-    else:
-        node[leaf] = value
+    key = _index(leaf, node, dotted) if isinstance(node, list) else leaf
+    node[key] = _literal(text)
 
 
 def _index(text: str, node: Sequence, dotted: str) -> int:

@@ -1,12 +1,14 @@
 """The `data` section of a config: which documents, which tokenizer, how they become rows."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_jax.core.config import ConfigError, parse, parse_component
-from llm_jax.data.sources import source_key
+import ml_collections
+
+from llm_jax.core.config import ConfigError, load, parse, parse_component
+from llm_jax.data.sources import source_for, source_key
 from llm_jax.data.split import held_out_threshold
 
 
@@ -81,6 +83,18 @@ def resolve_data(section: DataConfig | Mapping | None) -> DataConfig:
     `to_dict(resolve_data(section))` is a section again.
     """
     return parse(DataConfig, section, "data")
+
+
+def load_with_data(
+    path: str, overrides: Sequence[str], data: str | None
+) -> ml_collections.ConfigDict:
+    """Reads a config file; `data`, a path or an id, takes the place of its sources."""
+    config = load(path, overrides)
+    if data is not None:
+        if config.get("data") is None:
+            config.data = {}
+        config.data.sources = (source_for(data),)
+    return config
 
 
 def shards_folder(data: DataConfig, workdir: Path) -> Path:

@@ -72,7 +72,7 @@ def test_overrides(config_file):
     assert config.kind == "fancy"
     assert config.a.to_dict() == {"x": 2e9, "new": None, "flag": True}
     assert config.b.to_dict() == {"c": "text", "t": (1, 2)}
-    assert config.s[0].p == 5
+    assert config.s[0]["p"] == 5
 
 
 @pytest.mark.parametrize(

@@ -87,5 +87,5 @@ def test_summary_and_compressors(model, tokenizer):
 
 
 def test_impossible_context(tokenizer):
-    with pytest.raises(ValueError, match="eval.context 16 must lie in"):
+    with pytest.raises(ValueError, match=r"eval\.context 16 must lie in"):
         Perplexity(DOCUMENTS, tokenizer, 16, 1, 16)
