@@ -1,8 +1,8 @@
 """Training steps per second of one model: ours, a hand-written pure JAX step, and torch eager.
 
-    python bench/train_step.py                      # GPT-2 style, 6 layers, D 384, T 256, B 4, vocab 8192
-    python bench/train_step.py --compile            # compile time of 12 and 48 layers
-    python bench/train_step.py --config configs/gpt_tiny.py      # our step of any config
+    python -m bench.train_step                      # GPT-2 style, 6 layers, D 384, T 256, B 4, vocab 8192
+    python -m bench.train_step --compile            # compile time of 12 and 48 layers
+    python -m bench.train_step --config configs/gpt_tiny.py      # our step of any config
 
 All contenders do the same work: forward, backward, clipping, AdamW, GELU MLP, learned positions,
 tied head, no dropout. torch is measured when it is installed.
@@ -14,10 +14,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
 import optax
 
+from bench import measure
 from llm_jax.core.config import load
 from llm_jax.core.packing import next_token_batch
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
