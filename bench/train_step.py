@@ -36,14 +36,14 @@ class Sizes:
     vocab: int = 8192
 
 
-def our_run(sizes: Sizes, compute_dtype: str) -> RunConfig:
+def our_run(sizes: Sizes, compute_dtype: str, scan_unroll: int = 1) -> RunConfig:
     return resolve({
         "model": {
             "name": "gpt", "vocab_size": sizes.vocab, "embed_dim": sizes.embed,
             "num_layers": sizes.layers, "num_heads": sizes.heads, "max_length": sizes.length,
             "norm": "layernorm", "norm_bias": True, "position": "learned", "gated": False,
             "activation": "gelu_tanh", "attention_bias": True, "attention_out_bias": True,
-            "mlp_bias": True, "tie_embeddings": True,
+            "mlp_bias": True, "tie_embeddings": True, "scan_unroll": scan_unroll,
         },
         "data": {
             "sources": [{"name": "text", "path": "none"}],
@@ -183,6 +183,7 @@ def compare(sizes: Sizes, rounds: int) -> dict:
     contenders = {
         "llm_jax float32": our_step(our_run(sizes, "float32")),
         "llm_jax bfloat16": our_step(our_run(sizes, "bfloat16")),
+        "llm_jax bfloat16, unrolled": our_step(our_run(sizes, "bfloat16", sizes.layers)),
         "hand-written JAX float32": plain_jax_step(sizes),
         "torch eager float32": torch_step(sizes),
     }

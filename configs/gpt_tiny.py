@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "mlp_dim": 704,
                 "max_length": 512,
                 "qk_norm": True,
+                "scan_unroll": 4,
             },
             "data": {
                 "sources": [{"name": "text", "path": "python:stdlib"}],

@@ -52,8 +52,8 @@ def dot_product_attention(
 ) -> jax.Array:
     """Softmax attention in plain jnp, the reference for every kernel.
 
-    The gradient is written out: it keeps the weights once, in the compute dtype, and needs neither
-    the scores nor the mask again.
+    The gradient is written out: in bfloat16 it keeps nothing that grows with T * S, in float32 the
+    weights once.
 
     Args:
       query: [B, T, N, H], key and value: [B, S, K, H] with N a multiple of K.
@@ -71,11 +71,16 @@ def _attention_forward(precision, query, key, value, mask):
     # also moves them, and fails on the keys of a cache.
     out = precision.einsum("bkgts,bskh->bkgth", weights, value)
     out = jnp.moveaxis(out, 3, 1).reshape(query.shape)
-    return out, (query, key, value, weights, out)
+    # The weights are the one residual that grows with T * S. They are kept only where computing them
+    # again takes longer than reading them back.
+    kept = weights if precision.compute_dtype == "float32" else None
+    return out, (query, key, value, mask, out, kept)
 
 
 def _attention_backward(precision, residuals, d_out):
-    query, key, value, weights, out = residuals
+    query, key, value, mask, out, weights = residuals
+    if weights is None:
+        weights = precision.cast(attention_weights(query, key, mask, precision))
     grouped = (*query.shape[:2], key.shape[2], query.shape[2] // key.shape[2], query.shape[3])
     scale = query.shape[-1] ** -0.5
     # sum_s weights * d_weights, by way of the output (Dao et al. 2022, appendix B.4)

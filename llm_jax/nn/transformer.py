@@ -28,6 +28,8 @@ Capture = Literal["attention", "residual"]
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
+    """scan_unroll: layers in one turn of the loop over layers; see models/gpt/config.py."""
+
     embed_dim: int
     num_layers: int
     attention: AttentionConfig
@@ -37,6 +39,7 @@ class TransformerConfig:
     dropout: float = 0.0
     remat: RematPolicy = "none"
     init_stddev: float = 0.02
+    scan_unroll: int = 1
 
 
 class Block(nnx.Module):
@@ -149,7 +152,8 @@ class Stack(nnx.Module):
             return x, captured
 
         body = remat(body, self.config.remat)
-        return jax.lax.scan(body, x, (jnp.arange(self.config.num_layers), state))
+        layers = (jnp.arange(self.config.num_layers), state)
+        return jax.lax.scan(body, x, layers, unroll=self.config.scan_unroll)
 
 
 def layer_key(key: jax.Array | None, layer: jax.Array | int) -> jax.Array | None:

@@ -92,6 +92,14 @@ def test_unstacked_layers_compute_the_same():
     )
 
 
+def test_unrolling_the_scan_changes_nothing():
+    batch = random_batch()
+    one, two = (run(make_model(scan_unroll=n), batch).logits for n in (1, 2))
+    np.testing.assert_allclose(one, two, atol=1e-6)
+    with pytest.raises(ValueError, match=r"scan_unroll 3 must lie in 1\.\.2"):
+        make_model(scan_unroll=3)
+
+
 def test_grouped_queries_equal_repeated_keys():
     key = jax.random.key(0)
     q = jax.random.normal(key, (2, 7, 6, 8))
