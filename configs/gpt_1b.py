@@ -1,4 +1,4 @@
-"""A Llama-style GPT of 1.3 B parameters, trained for the compute-optimal 26 B tokens.
+"""A Llama-style GPT of 1.4 B parameters, trained for the compute-optimal 26 B tokens.
 
 Purpose:  the first size that is worth a pod; the starting point for runs of your own.
 Hardware: 16 to 256 TPU chips, or 8 to 64 GPUs with 80 GB; parameters lie in shares over all (fsdp).

@@ -23,7 +23,7 @@ def main() -> None:
     # Parameters in shares over whatever devices are here: the training mesh may not fit them.
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     loaded = load_model(arguments.workdir, arguments.step, mesh=mesh)
-    batch_size = arguments.batch_size or loaded.run.train.batch_size
+    batch_size = arguments.batch_size or loaded.run.train.microbatch_size
     evaluation = evaluate(
         loaded.model,
         loaded.tokenizer,

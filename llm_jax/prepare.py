@@ -5,17 +5,19 @@ accelerator do it.
 """
 
 from llm_jax.core import flags
-from llm_jax.data.config import load_with_data, resolve_data
+from llm_jax.data.config import load_with_data
 from llm_jax.data.prepare import prepare
 from llm_jax.data.progress import make_progress
+from llm_jax.training.config import check_vocabulary, resolve
 
 
 def main() -> None:
     parser = flags.make_parser("prepare", "Tokenizes a corpus into shards.", config=True)
     arguments = flags.parse(parser)
     config = load_with_data(arguments.config, arguments.overrides, arguments.data)
-    data = resolve_data(config.get("data"))
-    prepared = prepare(data, arguments.workdir, progress=make_progress())
+    run = resolve(config)
+    prepared = prepare(run.data, arguments.workdir, progress=make_progress())
+    check_vocabulary(run, prepared.tokenizer.vocab_size)
     print("\n".join([f"tokenizer of {prepared.tokenizer.vocab_size} ids", *prepared.lines()]))
     print(f"in {prepared.folder}")
 

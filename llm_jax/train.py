@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 
 from llm_jax.checkpoint.manager import Checkpointer, RunFiles, read_folder
 from llm_jax.core import flags
@@ -24,7 +23,7 @@ from llm_jax.sharding.distributed import start_distributed
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.sharding.place import row_share
 from llm_jax.training.config import RunConfig, check_vocabulary, describe, differences, resolve
-from llm_jax.training.guard import EXIT_STATUS, lock_workdir
+from llm_jax.training.guard import EXIT_STATUS, lock_workdir, on_first_process
 from llm_jax.training.loop import Loop
 from llm_jax.training.program import Program, build_program
 
@@ -78,6 +77,8 @@ def train(run: RunConfig, workdir: Path, title: str) -> str | None:
         state, saved = restored
         loader.set_state(saved.loader)
         say(f"resuming after step {int(state.step)}")
+        if int(state.step) >= run.train.num_steps:
+            say(f"train.num_steps is {run.train.num_steps}: nothing is left to train")
         for line in differences(saved.config, to_dict(run)):
             say(f"changed since that checkpoint: {line}")
 
@@ -91,12 +92,14 @@ def train(run: RunConfig, workdir: Path, title: str) -> str | None:
             checkpointer,
             writer,
             files=lambda loader_state: files(loader=loader_state),
-            held_out=lambda: loaders(split="held_out"),
+            held_out=lambda: loaders(split="held_out", batch_size=run.train.microbatch_size),
             throughput=functools.partial(throughput, run, program),
         )
         outcome = loop.fit(state)
     checkpointer.close()
     epochs = loader.epochs()
+    for line in loader.problems() if run.data.mode == "stream" else ():
+        say(line)  # shards told theirs when they were made
     loader.close()
     if outcome.stopped_by:
         say(f"stopped by {outcome.stopped_by}, saved at step {loop.last_saved}; run again to go on")
@@ -109,12 +112,8 @@ def train(run: RunConfig, workdir: Path, title: str) -> str | None:
 
 def prepare_together(run: RunConfig, workdir: Path) -> Prepared:
     """Process 0 makes tokenizer and shards; the others find them made."""
-    if jax.process_index() != 0:
-        multihost_utils.sync_global_devices("prepared")
-        return prepare(run.data, workdir, progress=Silent())
-    prepared = prepare(run.data, workdir, progress=make_progress())
-    multihost_utils.sync_global_devices("prepared")
-    return prepared
+    prepared = on_first_process(lambda: prepare(run.data, workdir, progress=make_progress()))
+    return prepared or prepare(run.data, workdir, progress=Silent())
 
 
 def throughput(run: RunConfig, program: Program, steps_per_second: float) -> dict[str, float]:

@@ -158,6 +158,17 @@ class Checkpointer:
             self._orbax.wait()
 
     @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Leaves only when the last save is on disk, even when leaving by an exception."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RunError):  # the first error is the one to show
+                self.wait()
+            raise
+        self.wait()
+
+    @contextlib.contextmanager
     def _no_lost_checkpoint(self, step: int | None) -> Iterator[None]:
         try:
             yield
@@ -184,19 +195,28 @@ class Checkpointer:
 
         Raises:
           CheckpointMismatch: the checkpoint is of another model.
+          RunError: there were checkpoints and none can be read: starting anew would lose the run.
         """
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        for step in reversed(steps):
             try:
                 return self.restore(step, abstract, shardings)
             except CheckpointDamaged as error:
                 self._say(f"{error}; the one before it is used")
                 self._set_aside(step)
+        if steps:
+            raise RunError(
+                f"none of the checkpoints {steps} in {self.directory} can be read; they are now "
+                "called STEP.damaged: repair them, or choose another --workdir to start anew"
+            )
         return None
 
     def _set_aside(self, step: int) -> None:
         folder = self.directory / str(step)
         if jax.process_index() == 0:
-            folder.rename(folder.with_name(f"{step}.damaged"))
+            target = folder.with_name(f"{step}.damaged")
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
         multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
         self._orbax.reload()
 
@@ -263,6 +283,10 @@ class Checkpointer:
                 warnings.simplefilter("ignore", UserWarning)
                 return self._orbax.load_checkpointables(step, {**wanted, "run": FolderItem()})
         except Exception as error:
+            if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(
+                error
+            ):
+                raise  # nothing is wrong with the files
             raise CheckpointDamaged(self._damaged(step, error)) from None
 
 

@@ -50,7 +50,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     takes_argument = bool(inspect.signature(module.get_config).parameters)
     if argument and not takes_argument:
         raise ConfigError(f"{path}: get_config() of {file.name} takes no argument")
-    config = module.get_config(argument) if argument else module.get_config()
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     plain = _plain(config)
     for override in overrides:
         set_override(plain, override)
@@ -158,6 +161,8 @@ def parse(cls: type, section: Mapping | None, where: str = "config") -> Any:
 
 def parse_component(kind: str, section: Mapping, where: str) -> Any:
     """Parses a section whose `name` picks the component; its `Config` carries the name."""
+    if not isinstance(section, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"{where} = {section!r}: expected a section with a name")
     if "name" not in section:
         raise ConfigError(f"{where}.name is missing: it picks the {kind} module")
     return parse(component(kind, section["name"]).Config, section, where)

@@ -1,6 +1,7 @@
 """What the entry points share: flags, `--config.a.b=value` overrides, and errors in one line."""
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -61,6 +62,10 @@ def run_entry(main: Callable[[], None]) -> None:
 
     A ValueError counts as the user's when this package raised it. LLM_JAX_TRACEBACK=1 shows all.
     """
+    show_all = os.environ.get("LLM_JAX_TRACEBACK")
+    if not show_all:
+        # Orbax logs the traceback of a failed write before it raises what we then say in one line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         main()
     except KeyboardInterrupt:
@@ -70,7 +75,7 @@ def run_entry(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (RunError, ValueError, OSError) as error:
-        if os.environ.get("LLM_JAX_TRACEBACK") or not _for_the_user(error):
+        if show_all or not _for_the_user(error):
             raise
         sys.exit(f"error: {error}")
 

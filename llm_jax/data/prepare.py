@@ -8,6 +8,7 @@ is split by shard among processes; memory does not grow with the corpus.
 import concurrent.futures.process
 import contextlib
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
@@ -88,6 +89,13 @@ def prepare(data: DataConfig, workdir: Path, *, progress: Progress | None = None
     progress = progress or Silent()
     folder = shards_folder(data, workdir)
     folder.mkdir(parents=True, exist_ok=True)
+    # Runs may share the folder: the second waits, and finds all made.
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _prepare(data, folder, progress)
+
+
+def _prepare(data: DataConfig, folder: Path, progress: Progress) -> Prepared:
     remove_leftovers(folder)
     finished = [ShardIndex.load(folder / source_key(config)) for config in data.sources]
     sources = [

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from llm_jax.core.config import to_dict
+from llm_jax.core.config import ConfigError, to_dict
 from llm_jax.core.types import Model, Tokenizer
 from llm_jax.data.held_out import held_out_documents
 from llm_jax.data.prepare import Prepared
@@ -28,8 +27,6 @@ from llm_jax.metrics.report import write_report
 from llm_jax.sharding.rules import AxisRules
 from llm_jax.training.config import RunConfig
 
-Say = Callable[[str], None]
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -40,7 +37,7 @@ class Evaluation:
     files: list[Comparison]
 
     def save(self, workdir: Path) -> Path:
-        """Writes WORKDIR/evals/perplexity_<step>.json; its presence says that the step is done."""
+        """Writes WORKDIR/evals/perplexity_<step>.json, whole or not at all."""
         path = workdir / "evals" / f"perplexity_{self.step}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp")
@@ -187,15 +184,19 @@ def conclude(
     """Evaluates, samples and reports; process 0 prints and writes."""
     console = Console(soft_wrap=not Console().is_terminal)
     first = jax.process_index() == 0
-    batch_size = run.train.batch_size
+    batch_size = run.train.microbatch_size
     if first:
         console.print("evaluating on held-out documents")
-    evaluation = evaluate(model, prepared.tokenizer, run, rules, workdir, step, batch_size)
-    samples = sample(model, prepared.tokenizer, run) if jax.process_count() == 1 else []
+    evaluation, samples = None, []
+    try:
+        evaluation = evaluate(model, prepared.tokenizer, run, rules, workdir, step, batch_size)
+        samples = sample(model, prepared.tokenizer, run) if jax.process_count() == 1 else []
+    except ConfigError as error:  # the corpus is gone, a prompt is too long: report what there is
+        console.print(str(error), markup=False)
     if not first:
         return evaluation
     if evaluation is None:
-        console.print("no held-out documents: data.held_out_fraction is 0 or the corpus is tiny")
+        console.print("no held-out documents to show: see data.held_out_fraction")
     else:
         evaluation.save(workdir)
         show(evaluation, console)

@@ -2,7 +2,7 @@
 
 A query sees a key of its own segment that does not lie after it. Positions restart in every
 document, so the rule needs no index into the row and holds unchanged when the keys come from a
-cache. Segment 0 is padding: it sees itself only, which keeps its softmax finite.
+cache. Segment 0 is padding: it sees padding only, which keeps its softmax finite.
 """
 
 import dataclasses

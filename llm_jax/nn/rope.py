@@ -22,6 +22,8 @@ class RopeScaling:
     original_max_length: int = 8192
 
     def __post_init__(self):
+        if min(self.factor, self.low_frequency_factor, self.original_max_length) <= 0:
+            raise ValueError(f"rope scaling {self}: every value must be positive")
         if self.low_frequency_factor >= self.high_frequency_factor:
             raise ValueError(
                 f"rope low_frequency_factor {self.low_frequency_factor} must be below "

@@ -153,7 +153,9 @@ class Stack(nnx.Module):
 
         body = remat(body, self.config.remat)
         layers = (jnp.arange(self.config.num_layers), state)
-        return jax.lax.scan(body, x, layers, unroll=self.config.scan_unroll)
+        return jax.lax.scan(
+            body, x, layers, unroll=min(self.config.scan_unroll, self.config.num_layers)
+        )
 
 
 def layer_key(key: jax.Array | None, layer: jax.Array | int) -> jax.Array | None:

@@ -14,10 +14,14 @@ from llm_jax.nn.losses import token_loss
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5)."""
+    """z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5); in training."""
 
     z_loss: float = 0.0
     name: str = "causal_lm"
+
+    def __post_init__(self):
+        if self.z_loss < 0:
+            raise ValueError(f"objective.z_loss {self.z_loss} must not be negative")
 
 
 class CausalLm:
@@ -49,7 +53,7 @@ class CausalLm:
             "accuracy": total(losses.correct),
         }
         value = losses.cross_entropy
-        if self.config.z_loss:
+        if train and self.config.z_loss:
             z_loss = self.config.z_loss * jnp.square(losses.log_z)
             metrics["z_loss"] = total(z_loss)
             value = value + z_loss

@@ -14,9 +14,11 @@ from llm_jax.sharding.rules import LogicalAxes, path_name
 class OptimizerConfig:
     """name: "adamw", "lion", "adafactor", or "muon" (matrices by Muon, the rest by AdamW).
 
-    weight_decay acts on matrices, not on biases and norm scales. clip_norm bounds the global norm
-    of the gradient. beta1 is the momentum of all but adafactor; momentum_dtype stores it in fewer
-    bits. Lion wants about a third of AdamW's learning rate and three times its weight decay.
+    weight_decay acts on matrices, not on biases and norm scales; with muon, on Muon's matrices only.
+    clip_norm bounds the global norm of the gradient. beta1 and beta2 are those of AdamW and Lion, and
+    of the AdamW part of muon, whose own momentum is 0.95; epsilon is AdamW's; adafactor uses none of
+    the three. momentum_dtype stores the first moment in fewer bits. Lion wants about a third of
+    AdamW's learning rate and three times its weight decay.
     """
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
@@ -31,6 +33,9 @@ class OptimizerConfig:
         for field in ("beta1", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"optimizer.{field} = {getattr(self, field)} must lie in [0, 1)")
+        for field in ("epsilon", "weight_decay"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"optimizer.{field} = {getattr(self, field)} must not be negative")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"optimizer.clip_norm = {self.clip_norm} must be positive, or None")
 

@@ -23,6 +23,12 @@ class ScheduleConfig:
     def __post_init__(self):
         if self.warmup_steps < 0:
             raise ValueError(f"schedule.warmup_steps {self.warmup_steps} must not be negative")
+        if self.learning_rate <= 0:
+            raise ValueError(f"schedule.learning_rate {self.learning_rate} must be positive")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"schedule.final_fraction {self.final_fraction} must lie in [0, 1]")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(f"schedule.decay_steps {self.decay_steps} must be at least 1")
         if (self.name == "wsd") != (self.decay_steps is not None):
             raise ValueError(
                 f"schedule.decay_steps = {self.decay_steps} with schedule.name = {self.name!r}: "

@@ -1,7 +1,12 @@
-"""From a process's rows to arrays over the whole mesh."""
+"""From a process's rows to arrays over the whole mesh.
+
+Which devices a process has is the machine's business: on a TPU pod the rows of its devices lie apart in
+the global batch. So the global batch may hold the rows in another order than the loader counts them; a
+sum over rows does not mind.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
@@ -10,10 +15,14 @@ from jax.sharding import NamedSharding
 from llm_jax.core.types import Batch
 from llm_jax.sharding.rules import AxisRules
 
+Rows = tuple[
+    int, int
+]  # first row of the global batch that a device holds, and the one after the last
+
 
 @dataclasses.dataclass(frozen=True)
 class RowShare:
-    """This process reads share `index` of `count` equal, contiguous shares of the batch's rows.
+    """This process reads share `index` of `count` equal, contiguous shares of the loader's rows.
 
     Processes that hold the same rows (their devices differ along "tensor" only) have one share.
     """
@@ -29,34 +38,54 @@ def batch_sharding(rules: AxisRules, batch_size: int, rank: int = 2) -> NamedSha
 
 
 def row_share(rules: AxisRules, batch_size: int) -> RowShare:
-    """Which rows of the global batch this process must read.
+    """Which rows this process must read; see `share_of`."""
+    placed = batch_sharding(rules, batch_size, 1).devices_indices_map((batch_size,))
+    rows: dict[int, set[Rows]] = {}
+    for device, (piece,) in placed.items():
+        rows.setdefault(device.process_index, set()).add(piece.indices(batch_size)[:2])
+    return share_of(jax.process_index(), rows)
+
+
+def share_of(process: int, rows: Mapping[int, Iterable[Rows]]) -> RowShare:
+    """The share of one process, given the rows that the devices of each process hold.
 
     Raises:
-      ValueError: the rows of this process's devices are not one contiguous equal share.
+      ValueError: two processes hold some rows together and others not, which no share can serve.
     """
-    sharding = batch_sharding(rules, batch_size, rank=1)
-    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    ranges = {i[0].indices(batch_size)[:2] for i in indices}
-    start, stop = min(r[0] for r in ranges), max(r[1] for r in ranges)
-    size = sum(stop - start for start, stop in ranges)
-    if size != stop - start or batch_size % size or start % size:
+    distinct = sorted({tuple(sorted(r)) for r in rows.values()})
+    pieces = [piece for share in distinct for piece in share]
+    if len(set(pieces)) != len(pieces) or len({len(share) for share in distinct}) != 1:
         raise ValueError(
-            f"the rows of process {jax.process_index()} are not contiguous in the batch: "
-            f"{sorted(ranges)}; order the mesh axes so that 'batch' axes come first"
+            f"the mesh gives the processes unequal or overlapping rows of the batch ({distinct}): "
+            "choose mesh.data x mesh.fsdp as a multiple of the processes, or a divisor of them"
         )
-    return RowShare(start // size, batch_size // size)
+    return RowShare(distinct.index(tuple(sorted(rows[process]))), len(distinct))
 
 
 def to_global_batch(batch: Mapping[str, np.ndarray], rules: AxisRules, batch_size: int) -> Batch:
     """Puts this process's rows on its devices as arrays [batch_size, ...] over the mesh.
 
     Returns at once: the transfer runs while the device computes.
+
+    Args:
+      batch: the rows of this process's share; or all `batch_size` rows, the same on every process,
+        which then keep their order.
     """
-    return {
-        name: jax.make_array_from_process_local_data(
-            batch_sharding(rules, batch_size, local.ndim),
-            local,
-            (batch_size, *local.shape[1:]),
+    placed = batch_sharding(rules, batch_size, 1).addressable_devices_indices_map((batch_size,))
+    firsts = sorted({piece.indices(batch_size)[0] for (piece,) in placed.values()})
+
+    def place(local: np.ndarray) -> jax.Array:
+        whole = len(local) == batch_size
+
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            first, stop, _ = index[0].indices(batch_size)
+            if not whole:
+                first, stop = (firsts.index(first) * (stop - first) + x for x in (0, stop - first))
+            return local[first:stop]
+
+        shape = (batch_size, *local.shape[1:])
+        return jax.make_array_from_callback(
+            shape, batch_sharding(rules, batch_size, local.ndim), rows
         )
-        for name, local in batch.items()
-    }
+
+    return {name: place(local) for name, local in batch.items()}

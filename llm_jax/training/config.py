@@ -8,7 +8,7 @@ from llm_jax.core.config import ConfigError, nearest, parse, parse_component, to
 from llm_jax.data.config import DataConfig, resolve_data
 from llm_jax.nn.precision import ComputeDtype
 from llm_jax.optim.make import OptimizerConfig
-from llm_jax.optim.schedule import ScheduleConfig
+from llm_jax.optim.schedule import ScheduleConfig, make_schedule
 from llm_jax.sharding.mesh import MeshConfig
 
 
@@ -37,6 +37,11 @@ class TrainConfig:
                 f"train.accumulate_steps {self.accumulate_steps}"
             )
 
+    @property
+    def microbatch_size(self) -> int:
+        """Rows that pass through the model at once: evaluation must not need more memory."""
+        return self.batch_size // self.accumulate_steps
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -53,6 +58,10 @@ class CheckpointConfig:
         for field in ("save_every", "keep_last"):
             if getattr(self, field) < 1:
                 raise ValueError(f"checkpoint.{field} = {getattr(self, field)} must be at least 1")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(
+                f"checkpoint.keep_every = {self.keep_every} must be at least 1, or None"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +82,10 @@ class EvalConfig:
     sample_tokens: int = 128
 
     def __post_init__(self):
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"eval.every = {self.every} must be at least 1, or None")
+        for field in ("every", "max_batches", "final_bytes", "sample_tokens"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"eval.{field} = {value} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +141,18 @@ def _check_joint(run: RunConfig) -> None:
         raise ConfigError(
             f"config.data.sequence_length {length} exceeds config.model.max_length {limit}"
         )
+    context = run.eval.context
+    if context is not None and not 0 <= context < length:
+        raise ConfigError(
+            f"config.eval.context {context} must lie in [0, {length}), config.data.sequence_length"
+        )
+    wanted = getattr(run.data.tokenizer, "vocab_size", None)
+    if wanted is not None:
+        check_vocabulary(run, wanted)
+    try:
+        make_schedule(run.schedule, run.train.num_steps)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
 
 
 def check_vocabulary(run: RunConfig, tokenizer_size: int) -> None:

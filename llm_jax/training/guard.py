@@ -4,8 +4,9 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -54,6 +55,27 @@ class StopRequest:
         return bool(flags.any())
 
 
+def on_first_process(function: Callable[[], Any]) -> Any:
+    """Runs `function` on process 0 while the others wait; its result there, None on the others.
+
+    Raises:
+      RunError: on the others, when it failed on process 0, where the error itself is raised.
+    """
+    result, error = None, None
+    if jax.process_index() == 0:
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
+        if failed and error is None:
+            raise RunError("process 0 failed; the reason is in its output")
+    if error is not None:
+        raise error
+    return result
+
+
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
     """Holds `workdir/.lock`; the lock ends with the process, however it ends.
@@ -61,23 +83,26 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     Raises:
       RunError: another live run holds it.
     """
+    file = on_first_process(lambda: _locked(workdir))
+    with file or contextlib.nullcontext():
+        yield
+
+
+def _locked(workdir: Path) -> IO[str]:
     workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() != 0:
-        yield
-        return
-    with open(workdir / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RunError(
-                f"{workdir} is in use by process {file.read().strip() or 'unknown'}: "
-                "wait for it, stop it, or choose another --workdir"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    file = open(workdir / ".lock", "a+")  # noqa: SIM115  open for as long as the lock is held
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise RunError(
+            f"{workdir} is in use by process {file.read().strip() or 'unknown'}: "
+            "wait for it, stop it, or choose another --workdir"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def check_finite(step: int, metrics: Mapping[str, float], last_good: int | None) -> None:

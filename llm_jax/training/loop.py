@@ -85,7 +85,7 @@ class Loop:
         """
         step, last = int(state.step), self.run.train.num_steps
         self.last_saved, self._resumed = step or None, step > 0
-        with StopRequest() as request:
+        with StopRequest() as request, self.checkpointer.finishing():
             batch, epochs = self._draw(step + 1) if step < last else (None, {})
             while step < last:
                 state, metrics = self.program.step(state, batch)
@@ -103,7 +103,6 @@ class Loop:
                     batch, epochs = self._draw(step + 1)
                 self._read(keep=STEPS_IN_FLIGHT)
             self._read(keep=0)
-            self.checkpointer.wait()
         return Outcome(state, request.name if step < last else None)
 
     def evaluate(self, step: int, state: TrainState) -> None:
@@ -112,7 +111,7 @@ class Loop:
         total: dict[str, Weighted] | None = None
         with contextlib.closing(self.held_out()) as batches:
             for rows in itertools.islice(batches, self.run.eval.max_batches):
-                batch = self._place(rows)
+                batch = to_global_batch(rows, self.program.rules, self.run.train.microbatch_size)
                 sums = self.program.evaluate(state.params, state.extra, batch)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if total is not None:
@@ -122,15 +121,13 @@ class Loop:
 
     def _draw(self, step: int) -> tuple[Batch, dict[str, float]]:
         """The batch of this step, on its way to the devices; and the epochs it ends, if logged."""
-        batch = self._place(next(self.loader))
+        rows = next(self.loader)
+        batch = to_global_batch(rows, self.program.rules, self.run.train.batch_size)
         epochs = self.loader.epochs() if self._is_logged(step) else {}
         return batch, {f"epoch/{name}": value for name, value in epochs.items()}
 
     def _is_logged(self, step: int) -> bool:
         return step % self.run.train.log_every == 0 or step == self.run.train.num_steps
-
-    def _place(self, rows: Mapping[str, Any]) -> Batch:
-        return to_global_batch(rows, self.program.rules, self.run.train.batch_size)
 
     def _save(self, step: int, state: TrainState) -> None:
         self._read(keep=0)  # a state whose loss is not finite is never saved

@@ -40,7 +40,6 @@ class Program:
     optimizer: optax.GradientTransformation
     mesh: Mesh
     rules: AxisRules
-    axes: Any
     abstract_state: TrainState
     state_shardings: TrainState
     batch_spec: dict[str, jax.ShapeDtypeStruct]
@@ -113,7 +112,6 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
         optimizer=optimizer,
         mesh=mesh,
         rules=rules,
-        axes=axes,
         abstract_state=abstract,
         state_shardings=shardings,
         batch_spec=spec,

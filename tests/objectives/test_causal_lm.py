@@ -21,7 +21,7 @@ def test_loss_is_the_weighted_mean_cross_entropy():
 def test_z_loss_is_added_and_reported():
     model, batch = make_model(), random_batch()
     plain, with_z = (
-        causal_lm.make(causal_lm.Config(z_loss=z)).loss(model, batch, key=None, train=False)
+        causal_lm.make(causal_lm.Config(z_loss=z)).loss(model, batch, key=None, train=True)
         for z in (0.0, 0.01)
     )
     log_z = jax.nn.logsumexp(run(model, batch).logits, -1)

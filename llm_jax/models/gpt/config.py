@@ -47,6 +47,14 @@ class Config:
     name: str = "gpt"
 
     def __post_init__(self):
+        sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+                 "mlp_dim", "max_length", "scan_unroll", "rope_theta", "norm_epsilon")  # fmt: skip
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} {value} must be positive")
+        if self.init_stddev < 0:
+            raise ValueError(f"init_stddev {self.init_stddev} must not be negative")
         if self.head_dim is None:
             if self.embed_dim % self.num_heads:
                 raise ValueError(
@@ -61,10 +69,6 @@ class Config:
             object.__setattr__(self, "mlp_dim", 64 * -(-int(wanted) // 64))
         if self.position == "rotary" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even for rotary positions")
-        if not 1 <= self.scan_unroll <= self.num_layers:
-            raise ValueError(
-                f"scan_unroll {self.scan_unroll} must lie in 1..{self.num_layers}, the layers"
-            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
         self.transformer()  # its own checks, at parse time
