@@ -53,7 +53,7 @@ def run_config(**sections):
     """A RunConfig; sections update the defaults below."""
     config = {
         "model": model_section(),
-        "data": {"sequence_length": 32, "tokenizer": {"name": "raw_bytes"}},
+        "data": {"sequence_length": 32, "tokenizer": {"name": "tiktoken"}},  # its size is its own
         "train": {"num_steps": 20, "batch_size": 8, "compute_dtype": "float32"},
         "schedule": {"learning_rate": 1e-2, "warmup_steps": 2},
     }

@@ -303,7 +303,12 @@ def test_entry(tmp_path, corpus, capsys, monkeypatch):
     config.write_text(
         "import ml_collections\n"
         "def get_config():\n"
-        "    return ml_collections.ConfigDict({'data': {'tokenizer': {'name': 'raw_bytes'}}})\n"
+        "    return ml_collections.ConfigDict({\n"
+        "        'data': {'tokenizer': {'name': 'raw_bytes'}},\n"
+        "        'model': {'name': 'gpt', 'vocab_size': 259, 'embed_dim': 8, 'num_layers': 1,\n"
+        "                  'num_heads': 1},\n"
+        "        'train': {'num_steps': 1, 'batch_size': 1},\n"
+        "    })\n"
     )
 
     def run(*flags):
@@ -315,5 +320,7 @@ def test_entry(tmp_path, corpus, capsys, monkeypatch):
     assert "249 documents, 33,334 tokens to train on; 51 held out" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: data\.sources is empty"):
         run()
+    with pytest.raises(SystemExit, match=r"train\.batch: unknown key; did you mean 'batch_size'"):
+        run("--config.train.batch=3")
     with pytest.raises(SystemExit, match=r"error: data: no file or folder at .*nowhere'"):
         run("--data", str(tmp_path / "nowhere"))
