@@ -1,6 +1,6 @@
 """How long an asynchronous save holds up training, beside one copy of the state.
 
-python -m bench.checkpoint [--json FILE]
+python -m bench.checkpoint [--layers 24 --embed 768] [--json FILE]
 """
 
 import argparse
@@ -24,8 +24,11 @@ ROUNDS = 7
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     measure.json_flag(parser)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--embed", type=int, default=384)
     arguments = parser.parse_args()
-    program = build_program(our_run(Sizes(), "float32"), make_mesh(MeshConfig()))
+    sizes = Sizes(layers=arguments.layers, embed=arguments.embed)
+    program = build_program(our_run(sizes, "float32"), make_mesh(MeshConfig()))
     state = program.init(jax.random.key(0))
     arrays = [np.asarray(x) for x in jax.tree.leaves((state.params, state.opt_state))]
     size = sum(a.nbytes for a in arrays)

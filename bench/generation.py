@@ -1,11 +1,11 @@
 """Tokens per second of generation, ours beside Hugging Face's `generate`, on this CPU.
 
-GPT-2's architecture with random weights, greedy, prompts of 32 tokens, 128 new tokens. Both
+GPT-2's architecture with random weights, float32, greedy, prompts of 32 tokens, 128 new tokens. Both
 sides get both cores; their runs alternate, so that a busy machine slows both, and the median of three
 counts. One run of each, which compiles, comes before the clock. The matmul rate of the machine stands
 beside the table, so that numbers from different days can be compared.
 
-    python -m bench.generation [--sampled] [--dtype bfloat16] [--json FILE]
+    python -m bench.generation [--sampled] [--json FILE]
 """
 
 import argparse
@@ -43,14 +43,14 @@ class NoText(PieceTokenizer):
     encode_batch = save_huggingface = encode
 
 
-def ours(dtype: str) -> Generate:
+def ours() -> Generate:
     config = Config(
         vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, num_layers=LAYERS, num_heads=HEADS,
         max_length=MAX_LENGTH, norm="layernorm", norm_bias=True, position="learned",
         activation="gelu_tanh", gated=False, attention_bias=True, attention_out_bias=True,
         mlp_bias=True, tie_embeddings=True,
     )  # fmt: skip
-    model = make(config, precision=Precision.on("cpu", dtype), rngs=nnx.Rngs(0))
+    model = make(config, precision=Precision(), rngs=nnx.Rngs(0))
     engine = Engine(model, NoText())
 
     def run(prompts: np.ndarray, config: SamplingConfig) -> None:
@@ -60,7 +60,7 @@ def ours(dtype: str) -> Generate:
     return run
 
 
-def hugging_face(dtype: str) -> Generate:
+def hugging_face() -> Generate:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -69,7 +69,7 @@ def hugging_face(dtype: str) -> Generate:
         vocab_size=VOCAB_SIZE, n_positions=MAX_LENGTH, n_embd=EMBED_DIM, n_layer=LAYERS,
         n_head=HEADS, bos_token_id=0, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config).to(getattr(torch, dtype)).eval()
+    model = GPT2LMHeadModel(config).eval()
 
     def run(prompts: np.ndarray, config: SamplingConfig) -> None:
         ids = torch.from_numpy(prompts)
@@ -103,13 +103,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     json_flag(parser)
     parser.add_argument("--sampled", action="store_true", help="temperature 0.8, top_p 0.95 too")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
     about = {"load_before": os.getloadavg()[0], "cores": os.cpu_count(), **machine()}
     methods = {"greedy": SamplingConfig(temperature=0.0, max_tokens=NEW_TOKENS)}
     if arguments.sampled:
         methods["top_p 0.95"] = SamplingConfig(temperature=0.8, top_p=0.95, max_tokens=NEW_TOKENS)
-    sides = {"ours": ours(arguments.dtype), "hugging_face": hugging_face(arguments.dtype)}
+    sides = {"ours": ours(), "hugging_face": hugging_face()}
     rows = []
     for method, config in methods.items():
         for batch_size in (1, 16):
@@ -117,7 +116,7 @@ def main() -> None:
             ratio = rates["ours"] / rates["hugging_face"]
             rows.append({"method": method, "batch_size": batch_size, **rates, "ratio": ratio})
     columns = ("method", "batch", "ours, tokens/s", "Hugging Face, tokens/s", "ratio")
-    title = f"Generation, 14M parameters, {arguments.dtype}, 32 + 128 tokens"
+    title = "Generation, 14M parameters, float32, 32 + 128 tokens"
     show(title, columns, [list(row.values()) for row in rows], about)
     write_json(arguments.json, {"machine": about, "results": rows})
 

@@ -10,7 +10,8 @@ few programs are compiled and a step never reads more than twice the keys that i
 prompts are padded on the left with segment 0; positions count from the start of each prompt.
 
 The engine keeps a copy of the parameters: layers apart, since slicing a stacked parameter costs a
-copy of it per token, and matrices in the compute dtype, since they are then read in half the time.
+copy of it per token, and matrices in the compute dtype, since they are then read in half the time. On
+CPU it computes in float32 whatever the model was trained in: see Precision.for_generation.
 """
 
 import collections
@@ -28,6 +29,7 @@ from llm_jax.core.types import Model, Tokenizer
 from llm_jax.generate.events import Alternative, Completion, RowStream, TokenEvent, completion
 from llm_jax.generate.sampler import SamplingConfig, SamplingMethod, draw
 from llm_jax.nn.cache import KVCache
+from llm_jax.nn.precision import with_precision
 from llm_jax.nn.transformer import unstack
 
 SMALLEST_CACHE = 256  # below it, reading the cache costs nothing next to reading the weights
@@ -86,7 +88,7 @@ class Engine:
         self._config, self.tokenizer, self.batch_size = model.config, tokenizer, batch_size
         self.max_length = model.config.max_length if max_length is None else max_length
         self._check_limits()
-        model = unstack(model)
+        model = with_precision(unstack(model), model.precision.for_generation())
         self._graphdef, state = nnx.split(model)
         leaves, self._treedef = jax.tree.flatten(state)
         dtype = model.precision.dtype

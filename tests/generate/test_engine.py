@@ -15,6 +15,7 @@ from llm_jax.data.tokenizers.raw_bytes import BOS, PAD, RawBytesTokenizer
 from llm_jax.generate import engine as engine_module
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
+from llm_jax.nn.precision import Precision, with_precision
 from llm_jax.nn.transformer import unstack
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
 from llm_jax.sharding.rules import AxisRules, logical_axes, shardings_for
@@ -173,8 +174,9 @@ def test_text_prompts_get_a_bos_and_ids_are_taken_as_they_are(engine):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_weights_cast_once_give_what_weights_cast_at_each_use_give(batch_size):
-    """In bfloat16, where XLA's CPU backend once lacked a product that only batches of rows need."""
-    model = tiny_model(qk_norm=True, num_kv_heads=2, compute_dtype="bfloat16")
+    """As on an accelerator, where the engine keeps bfloat16."""
+    model = tiny_model(qk_norm=True, num_kv_heads=2)
+    model = with_precision(model, Precision("bfloat16", wide_output=False))
     prompts = [[5], [6]][:batch_size]
     done = Engine(model, RawBytesTokenizer()).generate(prompts, GREEDY)
     split = nnx.split(unstack(model))
@@ -187,6 +189,14 @@ def test_weights_cast_once_give_what_weights_cast_at_each_use_give(batch_size):
         found = [completion.log_probabilities[position] for completion in done]
         np.testing.assert_allclose(found, rows.max(-1), atol=1e-6)
     assert [completion.tokens for completion in done] == [tuple(row[1:]) for row in tokens.tolist()]
+
+
+def test_on_cpu_a_bfloat16_model_generates_in_float32():
+    done = [
+        Engine(tiny_model(compute_dtype=dtype), RawBytesTokenizer()).generate([[5, 6]], GREEDY)
+        for dtype in ("bfloat16", "float32")
+    ]
+    assert done[0] == done[1]
 
 
 def test_a_model_on_a_mesh_generates_the_same(engine):
