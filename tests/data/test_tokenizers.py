@@ -266,6 +266,7 @@ def test_transformers_gives_the_same_ids(made, kind, tmp_path):
             return  # the given tokenizer.json itself loses these
         ids = tokenizer.encode(text)
         assert theirs.encode(text, add_special_tokens=False) == ids
+        assert theirs(text).input_ids == [tokenizer.bos_id, *ids]
         assert theirs.decode(ids, skip_special_tokens=True) == text
 
     for text in [*AWKWARD, *stdlib_texts(3)]:

@@ -45,7 +45,7 @@ def write_huggingface(
         "added_tokens": sorted(added, key=lambda token: token["id"]),
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
+        "post_processor": _starts_documents(special_tokens, roles.get("bos_token")),
         "decoder": decoder,
         "model": model,
     }
@@ -53,6 +53,21 @@ def write_huggingface(
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "tokenizer.json", tokenizer)
     write_tokenizer_config(directory, roles)
+
+
+def _starts_documents(special_tokens: Mapping[int, str], bos: str | None) -> dict | None:
+    """Puts bos before a text: the models were trained on it, and talk worse without."""
+    ids = [i for i, text in special_tokens.items() if text == bos]
+    if not ids:
+        return None
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    sequence = lambda name: {"Sequence": {"id": name, "type_id": 0}}  # noqa: E731
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, sequence("A")],
+        "pair": [start, sequence("A"), sequence("B")],
+        "special_tokens": {bos: {"id": bos, "ids": ids[:1], "tokens": [bos]}},
+    }
 
 
 def write_tokenizer_config(directory: Path, roles: Mapping[str, str]) -> None:
