@@ -5,6 +5,7 @@ The same command again goes on where the run stopped.
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,11 +14,11 @@ from llm_jax.checkpoint.manager import Checkpointer, RunFiles, read_folder
 from llm_jax.core import flags
 from llm_jax.core.config import to_dict
 from llm_jax.data.config import load_with_data
-from llm_jax.data.pipeline import make_loader
+from llm_jax.data.pipeline import Loader, make_loader
 from llm_jax.data.prepare import Prepared, prepare
 from llm_jax.data.progress import Silent, make_progress
 from llm_jax.evals.conclude import conclude
-from llm_jax.metrics.throughput import mfu, peak_flops, transformer_flops
+from llm_jax.metrics.throughput import peak_flops
 from llm_jax.metrics.writer import MetricWriter
 from llm_jax.sharding.distributed import start_distributed
 from llm_jax.sharding.mesh import make_mesh
@@ -26,6 +27,7 @@ from llm_jax.training.config import RunConfig, check_vocabulary, describe, diffe
 from llm_jax.training.guard import EXIT_STATUS, lock_workdir, on_first_process
 from llm_jax.training.loop import Loop
 from llm_jax.training.program import Program, build_program
+from llm_jax.training.state import TrainState
 
 
 def main() -> None:
@@ -42,48 +44,22 @@ def train(run: RunConfig, workdir: Path, title: str) -> str | None:
     """Runs the experiment to its end, from its newest checkpoint. Returns the signal that ended it."""
     first = jax.process_index() == 0
     say = functools.partial(print, flush=True) if first else lambda text: None
-    say(describe(run))
     program = build_program(run, make_mesh(run.mesh))
-    shape = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    kind = jax.devices()[0].device_kind
-    say(f"{program.num_params:,} parameters on {jax.device_count()} {kind}, mesh {shape}")
-    if peak_flops(kind) is None:
-        say(f"no peak FLOP/s known for {kind!r}: MFU is not reported")
-
+    introduce(run, program, say)
     prepared = prepare_together(run, workdir)
     for line in prepared.lines():
         say(line)
     check_vocabulary(run, prepared.tokenizer.vocab_size)
-    share = row_share(program.rules, run.train.batch_size)
-    loaders = functools.partial(
-        make_loader,
-        run.data,
-        workdir=workdir,
-        tokenizer=prepared.tokenizer,
-        objective=program.objective,
-        batch_size=run.train.batch_size,
-        process_index=share.index,
-        process_count=share.count,
-    )
-    loader = loaders()
+    loaders = functools.partial(open_loader, run, program, prepared, workdir)
+    loader = loaders("train", run.train.batch_size)
+    checkpointer = Checkpointer(workdir / "checkpoints", run.checkpoint, say=say)
+    state = restore_or_init(run, program, loader, checkpointer, say)
     files = functools.partial(
         RunFiles, to_dict(run), tokenizer=read_folder(prepared.folder / "tokenizer")
     )
-    checkpointer = Checkpointer(workdir / "checkpoints", run.checkpoint, say=say)
-    restored = checkpointer.restore_latest(program.abstract_state, program.state_shardings)
-    if restored is None:
-        state = program.init(jax.random.key(run.train.seed))
-    else:
-        state, saved = restored
-        loader.set_state(saved.loader)
-        say(f"resuming after step {int(state.step)}")
-        if int(state.step) >= run.train.num_steps:
-            say(f"train.num_steps is {run.train.num_steps}: nothing is left to train")
-        for line in differences(saved.config, to_dict(run)):
-            say(f"changed since that checkpoint: {line}")
-
-    step = int(state.step)
-    writer = MetricWriter(workdir, num_steps=run.train.num_steps, start_step=step, enabled=first)
+    writer = MetricWriter(
+        workdir, num_steps=run.train.num_steps, start_step=int(state.step), enabled=first
+    )
     with writer:
         loop = Loop(
             run,
@@ -92,8 +68,7 @@ def train(run: RunConfig, workdir: Path, title: str) -> str | None:
             checkpointer,
             writer,
             files=lambda loader_state: files(loader=loader_state),
-            held_out=lambda: loaders(split="held_out", batch_size=run.train.microbatch_size),
-            throughput=functools.partial(throughput, run, program),
+            held_out=lambda: loaders("held_out", run.train.microbatch_size),
         )
         outcome = loop.fit(state)
     checkpointer.close()
@@ -104,35 +79,63 @@ def train(run: RunConfig, workdir: Path, title: str) -> str | None:
     if outcome.stopped_by:
         say(f"stopped by {outcome.stopped_by}, saved at step {loop.last_saved}; run again to go on")
         return outcome.stopped_by
-    model = program.model(outcome.state)
-    step = int(outcome.state.step)
+    model, step = program.model(outcome.state), int(outcome.state.step)
     conclude(model, prepared, run, program.rules, workdir, title=title, step=step, epochs=epochs)
     return None
+
+
+def introduce(run: RunConfig, program: Program, say: Callable[[str], None]) -> None:
+    """Says what is about to run, and on what."""
+    say(describe(run))
+    shape = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    kind = jax.devices()[0].device_kind
+    say(f"{program.num_params:,} parameters on {jax.device_count()} {kind}, mesh {shape}")
+    if peak_flops(kind) is None:
+        say(f"no peak FLOP/s known for {kind!r}: MFU is not reported")
+
+
+def open_loader(
+    run: RunConfig, program: Program, prepared: Prepared, workdir: Path, split: str, batch_size: int
+) -> Loader:
+    """The batches of a split: this process's share of them."""
+    share = row_share(program.rules, batch_size)
+    return make_loader(
+        run.data,
+        workdir=workdir,
+        tokenizer=prepared.tokenizer,
+        objective=program.objective,
+        batch_size=batch_size,
+        split=split,
+        process_index=share.index,
+        process_count=share.count,
+    )
+
+
+def restore_or_init(
+    run: RunConfig,
+    program: Program,
+    loader: Loader,
+    checkpointer: Checkpointer,
+    say: Callable[[str], None],
+) -> TrainState:
+    """The newest checkpoint's state, with the loader set to go on from it; else a fresh state."""
+    restored = checkpointer.restore_latest(program.abstract_state, program.state_shardings)
+    if restored is None:
+        return program.init(jax.random.key(run.train.seed))
+    state, saved = restored
+    loader.set_state(saved.loader)
+    say(f"resuming after step {int(state.step)}")
+    if int(state.step) >= run.train.num_steps:
+        say(f"train.num_steps is {run.train.num_steps}: nothing is left to train")
+    for line in differences(saved.config, to_dict(run)):
+        say(f"changed since that checkpoint: {line}")
+    return state
 
 
 def prepare_together(run: RunConfig, workdir: Path) -> Prepared:
     """Process 0 makes tokenizer and shards; the others find them made."""
     prepared = on_first_process(lambda: prepare(run.data, workdir, progress=make_progress()))
     return prepared or prepare(run.data, workdir, progress=Silent())
-
-
-def throughput(run: RunConfig, program: Program, steps_per_second: float) -> dict[str, float]:
-    """tokens_per_second over all devices, and mfu by both conventions where the peak is known."""
-    rate = steps_per_second * run.train.batch_size * run.data.sequence_length
-    metrics = {"tokens_per_second": rate}
-    if not hasattr(run.model, "flops_sizes"):
-        return metrics
-    for name, causal_half in (("mfu", False), ("mfu_causal_half", True)):
-        flops = transformer_flops(
-            **run.model.flops_sizes(),
-            sequence_length=run.data.sequence_length,
-            causal_half=causal_half,
-        )
-        kind = program.mesh.devices.flat[0].device_kind
-        share = mfu(rate, flops, program.mesh.size, kind)
-        if share is not None:
-            metrics[name] = share
-    return metrics
 
 
 if __name__ == "__main__":

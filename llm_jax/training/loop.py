@@ -17,6 +17,7 @@ from llm_jax.sharding.place import to_global_batch
 from llm_jax.training.config import RunConfig
 from llm_jax.training.guard import StopRequest, check_finite
 from llm_jax.training.program import Program
+from llm_jax.training.speed import throughput
 from llm_jax.training.state import TrainState
 
 # Steps the host may run ahead of the device: enough to hide the host, few enough to bound memory.
@@ -60,18 +61,16 @@ class Loop:
         *,
         files: Callable[[dict], RunFiles],
         held_out: Callable[[], Any],
-        throughput: Callable[[float], dict[str, float]],
     ):
         """Takes all parts of a run.
 
         Args:
           files: what goes beside the arrays of a checkpoint, given the loader's state.
           held_out: a fresh pass over the held-out batches, with `close`.
-          throughput: metrics from steps per second.
         """
         self.run, self.program, self.loader = run, program, loader
         self.checkpointer, self.writer = checkpointer, writer
-        self.files, self.held_out, self.throughput = files, held_out, throughput
+        self.files, self.held_out = files, held_out
         self.last_saved: int | None = None
         self._resumed = False
         self._pending: collections.deque[tuple[int, dict, dict]] = collections.deque()
@@ -151,4 +150,6 @@ class Loop:
         now = time.perf_counter()
         before, then = self._clock
         self._clock = (step, now)
-        return self.throughput((step - before) / (now - then)) if step > before else {}
+        if step == before:
+            return {}
+        return throughput(self.run, self.program.mesh, (step - before) / (now - then))
