@@ -7,7 +7,8 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile far more than they compute: the compiler may take it easy.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
+FAKE_DEVICES = os.environ.get("FAKE_DEVICES", "8")
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={FAKE_DEVICES} {FAST_COMPILE}"
 
 import pytest  # noqa: E402
 

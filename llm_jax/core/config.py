@@ -6,7 +6,8 @@ reads them. `load` reads a file and applies `--config.section.key=value` overrid
 section into its dataclass. Past that border there is no ConfigDict. Unknown keys and values of the
 wrong type raise a ValueError that names the key, the value and the choices.
 
-Nothing is registered: `component("models", "gpt")` imports `llm_jax.models.gpt`.
+Nothing is registered: `component("models", "gpt")` imports `llm_jax.models.gpt`. Only reading files
+needs ml_collections: a training step is built from plain dicts where it is not installed.
 """
 
 import ast
@@ -22,17 +23,20 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ml_collections
+if TYPE_CHECKING:
+    import ml_collections
 
 
 class ConfigError(ValueError):
     """What a user wrote in a config cannot be used; the message is one line."""
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+def load(path: str, overrides: Sequence[str] = ()) -> "ml_collections.ConfigDict":
     """Reads `FILE.py` or `FILE.py:argument` and applies overrides like `train.num_steps=100`."""
+    import ml_collections
+
     file, _, argument = path.partition(":")
     file = Path(file)
     if not file.is_file():
@@ -62,9 +66,17 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
 
 def _plain(value: Any) -> Any:
     """Dicts and lists all the way down: ConfigDicts refuse to change a value's type."""
-    if isinstance(value, Mapping | ml_collections.ConfigDict):
+    if _is_section(value):
         return {key: _plain(value[key]) for key in value}
     return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def _is_section(value: Any) -> bool:
+    """A mapping, or a ConfigDict, which is none; whoever holds one has imported its package."""
+    package = sys.modules.get("ml_collections")
+    return isinstance(value, Mapping) or (
+        package is not None and isinstance(value, package.ConfigDict)
+    )
 
 
 def set_override(config: dict[str, Any], override: str) -> None:
@@ -135,7 +147,7 @@ def parse(cls: type, section: Mapping | None, where: str = "config") -> Any:
     section = {} if section is None else section
     if dataclasses.is_dataclass(section) and isinstance(section, cls):
         return section
-    if not isinstance(section, Mapping | ml_collections.ConfigDict):
+    if not _is_section(section):
         raise ConfigError(f"{where} = {section!r}: expected a section with keys of {cls.__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls)
@@ -161,7 +173,7 @@ def parse(cls: type, section: Mapping | None, where: str = "config") -> Any:
 
 def parse_component(kind: str, section: Mapping, where: str) -> Any:
     """Parses a section whose `name` picks the component; its `Config` carries the name."""
-    if not isinstance(section, Mapping | ml_collections.ConfigDict):
+    if not _is_section(section):
         raise ConfigError(f"{where} = {section!r}: expected a section with a name")
     if "name" not in section:
         raise ConfigError(f"{where}.name is missing: it picks the {kind} module")

@@ -27,20 +27,37 @@ Batch = Mapping[str, jax.Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Head:
+    """The matmul from hidden states to logits: `einsum(spec, hidden, weights)`.
+
+    weights: [V, D] with spec "btd,vd->btv" (the embedding again), [D, V] with "btd,dv->btv".
+    """
+
+    weights: jax.Array
+    spec: str = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ModelOutput:
     """What every model returns.
 
-    logits:   [B, T, V] float32, or None where the model stops at `hidden`.
+    logits:   [B, T, V] float32, or None where the model stops at `hidden`. Under jit they cost
+              nothing where only `hidden` and `head` are used.
     hidden:   [B, T, D] in the compute dtype, after the final norm.
+    head:     what makes the logits of `hidden`, for losses that do without them.
     cache:    the advanced generation cache, if one was given.
     aux_loss: scalar added to the objective's loss (router losses).
+    metrics:  what else a step reports, such as the experts' load.
     captured: tensors asked for by `capture=(name, ...)`.
     """
 
     logits: jax.Array | None
     hidden: jax.Array | None = None
+    head: Head | None = None
     cache: Any = None
     aux_loss: jax.Array | float = 0.0
+    metrics: "dict[str, Weighted]" = dataclasses.field(default_factory=dict)
     captured: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
@@ -102,7 +119,12 @@ class Tokenizer(Protocol):
 
 
 class Model(Protocol):
-    """The same call for every family; an nnx.Module."""
+    """The same call for every family; an nnx.Module.
+
+    precision: the llm_jax.nn.precision.Precision of its matmuls.
+    """
+
+    precision: Any
 
     def __call__(
         self,

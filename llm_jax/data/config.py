@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import ml_collections
+from typing import TYPE_CHECKING, Any, Literal
 
 from llm_jax.core.config import ConfigError, load, parse, parse_component
 from llm_jax.data.sources import source_for, source_key
 from llm_jax.data.split import held_out_threshold
+
+if TYPE_CHECKING:
+    import ml_collections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def resolve_data(section: DataConfig | Mapping | None) -> DataConfig:
 
 def load_with_data(
     path: str, overrides: Sequence[str], data: str | None
-) -> ml_collections.ConfigDict:
+) -> "ml_collections.ConfigDict":
     """Reads a config file; `data`, a path or an id, takes the place of its sources."""
     config = load(path, overrides)
     if data is not None:

@@ -1,20 +1,21 @@
 """Multi-head and grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023)."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.core.param import Initializer, param, zeros
+from llm_jax.nn.cache import KVCache
+from llm_jax.nn.kernels import attention as kernels
+from llm_jax.nn.kernels.reference import attention_weights, dot_product_attention
+from llm_jax.nn.kernels.spec import AttentionSpec, Kernel
+from llm_jax.nn.mask import Places, attention_mask
 from llm_jax.nn.norm import Norm, NormConfig
 from llm_jax.nn.precision import Precision
 from llm_jax.nn.rope import apply_rope
-from llm_jax.sharding.rules import constrain
-
-MASKED = -1e30  # finite, so that a row with nothing to see does not turn into NaN
+from llm_jax.sharding.rules import active_rules, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,78 +26,13 @@ class AttentionConfig:
     bias: bool = False  # on query, key and value
     out_bias: bool = False
     qk_norm: NormConfig | None = None
-    causal: bool = True
+    spec: AttentionSpec = AttentionSpec()
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
             )
-
-
-def attention_weights(
-    query: jax.Array, key: jax.Array, mask: jax.Array, precision: Precision
-) -> jax.Array:
-    """Softmax over the visible keys: [B, K, G, T, S] float32; shapes as dot_product_attention."""
-    batch, length, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[2]
-    grouped = (batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    query = query.reshape(grouped) * head_dim**-0.5
-    scores = precision.einsum("btkgh,bskh->bkgts", query, key, out_dtype=jnp.float32)
-    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def dot_product_attention(
-    precision: Precision, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """Softmax attention in plain jnp, the reference for every kernel.
-
-    The gradient is written out: in bfloat16 it keeps nothing that grows with T * S, in float32 the
-    weights once.
-
-    Args:
-      query: [B, T, N, H], key and value: [B, S, K, H] with N a multiple of K.
-      mask: [B, T, S] bool, True where the query sees the key.
-
-    Returns:
-      [B, T, N, H] in the compute dtype.
-    """
-    return _attention_forward(precision, query, key, value, mask)[0]
-
-
-def _attention_forward(precision, query, key, value, mask):
-    weights = precision.cast(attention_weights(query, key, mask, precision))
-    # Rounded before the axes move: XLA's CPU backend has no bfloat16 product with float32 sums that
-    # also moves them, and fails on the keys of a cache.
-    out = precision.einsum("bkgts,bskh->bkgth", weights, value)
-    out = jnp.moveaxis(out, 3, 1).reshape(query.shape)
-    # The weights are the one residual that grows with T * S. They are kept only where computing them
-    # again takes longer than reading them back.
-    kept = weights if precision.compute_dtype == "float32" else None
-    return out, (query, key, value, mask, out, kept)
-
-
-def _attention_backward(precision, residuals, d_out):
-    query, key, value, mask, out, weights = residuals
-    if weights is None:
-        weights = precision.cast(attention_weights(query, key, mask, precision))
-    grouped = (*query.shape[:2], key.shape[2], query.shape[2] // key.shape[2], query.shape[3])
-    scale = query.shape[-1] ** -0.5
-    # sum_s weights * d_weights, by way of the output (Dao et al. 2022, appendix B.4)
-    correction = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)  # [B, T, N]
-    correction = correction.reshape(grouped[:-1]).transpose(0, 2, 3, 1)[..., None]
-    d_out = d_out.reshape(grouped)
-    d_value = precision.einsum("bkgts,btkgh->bskh", weights, d_out)
-    d_weights = precision.einsum("btkgh,bskh->bkgts", d_out, value, out_dtype=jnp.float32)
-    d_scores = precision.cast(weights * (d_weights - correction) * scale)
-    d_query = precision.einsum("bkgts,bskh->btkgh", d_scores, key).reshape(query.shape)
-    d_key = precision.einsum("bkgts,btkgh->bskh", d_scores, query.reshape(grouped))
-    cast = lambda d, like: d.astype(like.dtype)  # noqa: E731
-    return cast(d_query, query), cast(d_key, key), cast(d_value, value), None
-
-
-dot_product_attention.defvjp(_attention_forward, _attention_backward)
 
 
 class Attention(nnx.Module):
@@ -127,7 +63,7 @@ class Attention(nnx.Module):
             self.key_bias = param(rngs, (kv_heads, head_dim), kv_axes, zeros)
             self.value_bias = param(rngs, (kv_heads, head_dim), kv_axes, zeros)
         if config.out_bias:
-            self.out_bias = param(rngs, (embed_dim,), ("embed",), zeros)
+            self.out_bias = param(rngs, (embed_dim,), ("features",), zeros)
         if config.qk_norm is not None:
             self.query_norm = Norm(
                 head_dim, config.qk_norm, precision=precision, rngs=rngs, axis="head_dim"
@@ -139,46 +75,109 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array,
+        sight: "Sight",
         *,
         rope: tuple[jax.Array, jax.Array] | None = None,
-        cache=None,
+        cache: KVCache | None = None,
         layer: int | None = None,
         keep_weights: bool = False,
-    ) -> tuple[jax.Array, jax.Array | None, object]:
+    ) -> tuple[jax.Array, jax.Array | None, KVCache | None]:
         """Returns (output [B, T, D], weights [B, K, G, T, S] float32 if kept, cache).
 
         Args:
-          mask: [B, T, S]; S = T, or the cache's length when one is given.
+          sight: of the T tokens; made by `see`.
           rope: tables of `rope_tables`, or None.
           cache: a KVCache that already notes the places of these tokens, written at `layer`.
         """
         config, p = self.config, self.precision
-        query = self._project(x, "query", "btd,dnh->btnh")
-        key = self._project(x, "key", "btd,dkh->btkh")
-        value = self._project(x, "value", "btd,dkh->btkh")
+        layout = kernels.layout(sight.kernel)
+        query, key, value = (self._project(x, name, layout) for name in ("query", "key", "value"))
         if config.qk_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if rope is not None:
-            query, key = apply_rope(query, rope), apply_rope(key, rope)
-        query = constrain(query, "batch", "length", "heads", None)
-        key = constrain(key, "batch", "length", "kv_heads", None)
-        value = constrain(value, "batch", "length", "kv_heads", None)
+            query, key = (apply_rope(a, rope, layout, p.platform) for a in (query, key))
+        query = _pin(query, layout, "heads", "length")
+        # Each query may see keys of the whole row; the other kernels gather them themselves.
+        whole = None if sight.kernel == "reference" else "length"
+        key, value = (_pin(a, layout, "kv_heads", whole) for a in (key, value))
         if cache is not None:
             cache = cache.with_layer(layer, key, value)
             key, value = (jnp.swapaxes(a[layer], 1, 2) for a in (cache.keys, cache.values))
-        out = dot_product_attention(p, query, key, value, mask)
-        weights = attention_weights(query, key, mask, p) if keep_weights else None
-        out = checkpoint_name(out, "attention")
+        cap = config.spec.soft_cap
+        if sight.mask is not None:
+            out = dot_product_attention(p, query, key, value, sight.mask, cap)
+        else:
+            out = kernels.attention(
+                sight.kernel, p, query, key, value, sight.queries, sight.keys, config.spec
+            )
+        weights = attention_weights(query, key, sight.mask, p, cap) if keep_weights else None
         # einsum sums over its labels in alphabetical order: with n and h it would transpose the
         # weight at every call, which takes as long as the product itself for a single token.
-        y = p.einsum("btgh,ghd->btd", out, self.out[...])
+        spec = {"btnh": "btgh,ghd->btd", "bnth": "bgth,ghd->btd"}[layout]
+        y = p.project(spec, out, self.out[...])
         if config.out_bias:
             y = p.add_bias(y, self.out_bias[...])
         return y, weights, cache
 
-    def _project(self, x: jax.Array, name: str, spec: str) -> jax.Array:
-        y = self.precision.einsum(spec, x, getattr(self, name)[...])
-        if self.config.bias:
-            y = self.precision.add_bias(y, getattr(self, f"{name}_bias")[...])
-        return y
+    def _project(self, x: jax.Array, name: str, layout: str) -> jax.Array:
+        y = self.precision.project(f"btd,dnh->{layout}", x, getattr(self, name)[...])
+        if not self.config.bias:
+            return y
+        bias = getattr(self, f"{name}_bias")[...]
+        if layout == "btnh":
+            return self.precision.add_bias(y, bias)
+        return y + bias.astype(y.dtype)[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What the layers of a stack share: who sees whom, and by which kernel.
+
+    mask: [B, T, S] bool where the kernel is the plain reference, else None.
+    """
+
+    queries: Places
+    keys: Places
+    mask: jax.Array | None
+    kernel: Kernel = dataclasses.field(metadata={"static": True})
+
+
+def see(
+    config: AttentionConfig,
+    precision: Precision,
+    queries: Places,
+    keys: Places,
+    *,
+    cached: bool,
+    keep_weights: bool,
+) -> Sight:
+    """Chooses the kernel; a cache and kept weights need the reference.
+
+    Raises:
+      ValueError: a kernel that was asked for and cannot run here.
+    """
+    rules = active_rules()
+    kernel = "reference"
+    if not (cached or keep_weights):
+        kernel = kernels.choose(
+            precision.attention_kernel,
+            precision.platform,
+            config.spec,
+            length=queries.positions.shape[1],
+            head_dim=config.head_dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            compute_dtype=precision.compute_dtype,
+            context_shares=rules.shares("length") if rules else 1,
+        )
+    mask = None
+    if kernel == "reference":
+        spec = config.spec
+        mask = attention_mask(queries, keys, causal=spec.causal, window=spec.window)
+    return Sight(queries, keys, mask, kernel)
+
+
+def _pin(x: jax.Array, layout: str, heads: str, length: str | None) -> jax.Array:
+    axes = {"b": "batch", "t": length, "n": heads, "h": None}
+    return constrain(x, *(axes[letter] for letter in layout))

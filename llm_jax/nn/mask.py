@@ -29,9 +29,20 @@ class Places:
         return cls(segment_ids, positions)
 
 
-def attention_mask(queries: Places, keys: Places, *, causal: bool) -> jax.Array:
-    """True where a query sees a key: [B, T, S] bool for places of [B, T] and [B, S]."""
+def attention_mask(
+    queries: Places, keys: Places, *, causal: bool, window: int | None = None
+) -> jax.Array:
+    """True where a query sees a key: [B, T, S] bool for places of [B, T] and [B, S].
+
+    Args:
+      window: the query sees keys at a distance below it, itself included; None: at any distance.
+    """
     mask = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+    query, key = queries.positions[:, :, None], keys.positions[:, None, :]
     if causal:
-        mask &= queries.positions[:, :, None] >= keys.positions[:, None, :]
+        mask &= query >= key
+    if window is not None:
+        mask &= query - key < window
+        if not causal:
+            mask &= key - query < window
     return mask

@@ -50,25 +50,25 @@ class Mlp(nnx.Module):
             self.gate = param(rngs, into, ("embed", "mlp"), init)
         if config.bias:
             self.up_bias = param(rngs, (config.mlp_dim,), ("mlp",), zeros)
-            self.down_bias = param(rngs, (embed_dim,), ("embed",), zeros)
+            self.down_bias = param(rngs, (embed_dim,), ("features",), zeros)
         if config.bias and config.gated:
             self.gate_bias = param(rngs, (config.mlp_dim,), ("mlp",), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         config, p = self.config, self.precision
-        h = p.einsum("btd,df->btf", x, self.up[...])
+        h = p.project("btd,df->btf", x, self.up[...])
         if config.bias:
             h = p.add_bias(h, self.up_bias[...])
-        gate = p.einsum("btd,df->btf", x, self.gate[...]) if config.gated else None
+        gate = p.project("btd,df->btf", x, self.gate[...]) if config.gated else None
         if config.bias and config.gated:
             gate = p.add_bias(gate, self.gate_bias[...])
-        h = constrain(_activate(config.activation, h, gate), "batch", "length", "mlp")
-        y = p.einsum("btf,fd->btd", h, self.down[...])
+        h = constrain(activate(config.activation, h, gate), "batch", "length", "mlp")
+        y = p.project("btf,fd->btd", h, self.down[...])
         return p.add_bias(y, self.down_bias[...]) if config.bias else y
 
 
 @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
-def _activate(activation: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
+def activate(activation: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
     """act(h), or act(gate) * h: [B, T, F], computed in float32, returned in the dtype of h.
 
     Computed again in the backward pass: it is cheap, and would otherwise keep several float32

@@ -33,7 +33,7 @@ class Norm(nnx.Module):
         *,
         precision: Precision,
         rngs: nnx.Rngs,
-        axis: str = "embed",
+        axis: str = "features",
     ):
         self.config, self.precision = config, precision
         self.scale = param(rngs, (size,), (axis,), ones)

@@ -22,24 +22,47 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llm_jax.nn import low_precision
+from llm_jax.nn.kernels.spec import Kernel
+from llm_jax.nn.low_precision import MatmulDtype
+from llm_jax.nn.weight_gradient import weight_gradient
+from llm_jax.sharding.rules import active_rules
+
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """compute_dtype: dtype of activations and of matmul operands; wide_output: see the module."""
+    """compute_dtype: dtype of activations and of matmul operands; wide_output: see the module.
+
+    matmul_dtype: of operands in `project`, if not the compute dtype (nn/low_precision.py).
+    reduce_dtype: in which devices add their gradients of a block's weights.
+    platform, attention_kernel: where the model runs and with which kernel (nn/kernels/attention.py).
+    """
 
     compute_dtype: ComputeDtype = "float32"
     wide_output: bool = True
+    platform: str = "cpu"
+    attention_kernel: Kernel = "auto"
+    matmul_dtype: MatmulDtype | None = None
+    reduce_dtype: ComputeDtype = "float32"
+
+    def __post_init__(self):
+        if self.matmul_dtype is not None:
+            low_precision.require()
 
     @classmethod
-    def on(cls, platform: str, compute_dtype: ComputeDtype) -> "Precision":
+    def on(cls, platform: str, compute_dtype: ComputeDtype, **choices) -> "Precision":
         """The fastest form of `compute_dtype` on "cpu", "gpu" or "tpu"."""
-        return cls(compute_dtype, wide_output=platform == "cpu")
+        return cls(compute_dtype, wide_output=platform == "cpu", platform=platform, **choices)
 
     def for_generation(self) -> "Precision":
-        """float32 on CPU, where XLA multiplies a bfloat16 matrix with one row six times slower."""
-        return Precision("float32", self.wide_output) if self.wide_output else self
+        """float32 on CPU, where XLA multiplies a bfloat16 matrix with one row six times slower.
+
+        In the compute dtype throughout: a weight that meets one row is not worth rounding.
+        """
+        dtype = "float32" if self.wide_output else self.compute_dtype
+        return dataclasses.replace(self, compute_dtype=dtype, matmul_dtype=None)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -60,11 +83,16 @@ class Precision:
         out_dtype = self.dtype if out_dtype is None else jnp.dtype(out_dtype)
         return _einsum(spec, self, out_dtype, x, w)
 
+    def project(self, spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        """`einsum` with the weights of a block, in `matmul_dtype` if there is one."""
+        return _project(spec, self, active_rules(), x, w)
+
     def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """x: [B, T, ...] plus bias: [...], in the dtype of x."""
         return _add_bias(self.wide_output, x, bias)
 
-    def _product(self, spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    def product(self, spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+        """`einsum`, for code that brings its own derivative."""
         full = self.compute_dtype == "float32"
         y = jnp.einsum(
             spec,
@@ -75,14 +103,33 @@ class Precision:
         )
         return y.astype(out_dtype)
 
+    def block_product(
+        self,
+        spec: str,
+        x: jax.Array,
+        w: jax.Array,
+        out_dtype: jnp.dtype,
+        *,
+        gradient: Literal[0, 1] | None = None,
+    ) -> jax.Array:
+        """`project`, for code that brings its own derivative.
+
+        Args:
+          gradient: which of the two operands is a gradient, if one is.
+        """
+        if self.matmul_dtype is None:
+            return self.product(spec, x, w, out_dtype)
+        x, w = self.cast(x), self.cast(w)
+        return low_precision.product(self.matmul_dtype, spec, x, w, out_dtype, gradient=gradient)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _einsum(spec, precision, out_dtype, x, w):
-    return precision._product(spec, x, w, out_dtype)
+    return precision.product(spec, x, w, out_dtype)
 
 
 def _einsum_forward(spec, precision, out_dtype, x, w):
-    return precision._product(spec, x, w, out_dtype), (x, w)
+    return precision.product(spec, x, w, out_dtype), (x, w)
 
 
 def _einsum_backward(spec, precision, out_dtype, residuals, g):
@@ -90,12 +137,38 @@ def _einsum_backward(spec, precision, out_dtype, residuals, g):
     x, w = residuals
     operands, y_labels = spec.split("->")
     x_labels, w_labels = operands.split(",")
-    dx = precision._product(f"{y_labels},{w_labels}->{x_labels}", g, w, x.dtype)
-    dw = precision._product(f"{x_labels},{y_labels}->{w_labels}", x, g, w.dtype)
+    dx = precision.product(f"{y_labels},{w_labels}->{x_labels}", g, w, x.dtype)
+    dw = precision.product(f"{x_labels},{y_labels}->{w_labels}", x, g, w.dtype)
     return dx, dw
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+# The rules are an argument, since the backward pass is traced after `use_rules` has ended.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _project(spec, precision, rules, x, w):
+    return precision.block_product(spec, x, w, precision.dtype)
+
+
+def _project_forward(spec, precision, rules, x, w):
+    return _project(spec, precision, rules, x, w), (x, w)
+
+
+def _project_backward(spec, precision, rules, residuals, g):
+    x, w = residuals
+    operands, y_labels = spec.split("->")
+    x_labels, w_labels = operands.split(",")
+    product = precision.block_product
+    dx = product(f"{y_labels},{w_labels}->{x_labels}", g, w, x.dtype, gradient=0)
+    product = functools.partial(product, gradient=1)
+    spec = f"{x_labels},{y_labels}->{w_labels}"
+    reduce_dtype = jnp.dtype(precision.reduce_dtype)
+    dw = weight_gradient(product, spec, x, g, rules, w.dtype, reduce_dtype)
+    return dx, dw
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 def with_precision(model: nnx.Module, precision: Precision) -> nnx.Module:

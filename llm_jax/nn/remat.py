@@ -1,24 +1,55 @@
-"""What the forward pass keeps for the backward pass, by name."""
+"""What the forward pass keeps for the backward pass, by name.
+
+| policy      | kept per layer                                          | computed again                |
+|-------------|---------------------------------------------------------|-------------------------------|
+| none        | everything                                              | nothing                       |
+| dots        | the results of products with weights, attention's output| norms, activations            |
+| attention   | the block's input, attention's output                   | all products with weights     |
+| full        | the block's input                                       | everything                    |
+| offload     | the block's input, in host memory                       | everything                    |
+"""
 
 from collections.abc import Callable
 from typing import Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-RematPolicy = Literal["none", "full", "dots", "attention"]
+RematPolicy = Literal["none", "full", "dots", "attention", "offload"]
 
+_policies = jax.checkpoint_policies
+
+
+def _keeps_attention(primitive, *_, **__) -> bool:
+    """The statistics of cuDNN's kernel carry no name, so the kernel itself is kept."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+_ATTENTION = _policies.save_from_both_policies(
+    _policies.save_only_these_names("attention"), _keeps_attention
+)
 _POLICIES = {
-    # Keep the block's input only; everything else is computed again. Least memory.
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # Keep the results of weight matmuls, compute the cheap rest (norms, activations, scores) again.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # Keep the output of attention, whose recomputation is the dearest per byte.
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": _policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
+    "attention": _ATTENTION,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
+def name_input(x: jax.Array) -> jax.Array:
+    """Marks the input of a block as what "offload" moves to the host."""
+    return checkpoint_name(x, "block_input")
+
+
 def remat(body: Callable, policy: RematPolicy) -> Callable:
-    """Wraps the body of a scan over layers; "none" keeps every intermediate."""
+    """Wraps the body of a scan over layers."""
     if policy == "none":
         return body
     # Inside a scan the compiler cannot merge the recomputation with the forward pass, so the

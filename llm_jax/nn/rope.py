@@ -5,11 +5,14 @@ their weights load without a permutation.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from llm_jax.nn.kernels.spec import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +56,53 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 def rope_tables(
     config: RopeConfig, head_dim: int, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each [B, T, H/2] float32, for positions: [B, T] int32."""
+    """(cos, sin), each [B, T, H] float32, for positions: [B, T] int32; the sine's first half negated."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config, head_dim)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 
 
-def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x: [B, T, N, H] by tables of [B, T, H/2]; keeps the dtype."""
-    cos, sin = (table[:, :, None, :] for table in tables)  # [B, T, 1, H/2]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+def apply_rope(
+    x: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    layout: Layout = "btnh",
+    platform: str = "cpu",
+) -> jax.Array:
+    """Rotates x: [B, T, N, H], or [B, N, T, H], by tables of [B, T, H]; keeps the dtype."""
+    cos, sin = (jnp.expand_dims(table, layout.index("n")) for table in tables)
+    return _rotate(platform == "tpu", x, cos, sin)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rotate(by_matmul, x, cos, sin):
+    x32 = x.astype(jnp.float32)
+    return (x32 * cos + _swap(by_matmul, x) * sin).astype(x.dtype)
+
+
+def _rotate_forward(by_matmul, x, cos, sin):
+    return _rotate(by_matmul, x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(by_matmul, tables, g):
+    cos, sin = tables
+    return _rotate(by_matmul, g, cos, -sin), None, None
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)
+
+
+def _swap(by_matmul, x):
+    """The two halves of the last dimension exchanged, in float32.
+
+    A TPU holds that dimension in its 128 lanes: moving half of them takes a copy of x at twice its
+    size, a product with a permutation next to nothing.
+    """
+    half = x.shape[-1] // 2
+    if not by_matmul:
+        return jnp.roll(x.astype(jnp.float32), half, axis=-1)
+    permutation = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=1)
+    return jnp.einsum(
+        "...h,hj->...j", x, permutation,
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip

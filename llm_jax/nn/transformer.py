@@ -1,27 +1,30 @@
 """The one Transformer core: a block and a stack of them.
 
 The stack holds its layers as one block whose parameters have a leading layer axis, and runs them
-with `jax.lax.scan`: compile time does not grow with depth. Generation runs them one by one, because
+with `jax.lax.scan`: compile time does not grow with depth. Over a mesh with stages it runs them as a
+pipeline (nn/pipeline.py). Generation runs them one by one, because
 slicing a stacked parameter costs a copy of it for every token: see `unstack`.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from llm_jax.core.param import normal
-from llm_jax.nn.attention import Attention, AttentionConfig
+from llm_jax.nn.attention import Attention, AttentionConfig, Sight, see
 from llm_jax.nn.cache import KVCache
-from llm_jax.nn.mask import Places, attention_mask
+from llm_jax.nn.mask import Places
 from llm_jax.nn.mlp import Mlp, MlpConfig
+from llm_jax.nn.moe import Moe, MoeConfig, RouterSums
 from llm_jax.nn.norm import Norm, NormConfig
+from llm_jax.nn.pipeline import run_pipeline
 from llm_jax.nn.precision import Precision
-from llm_jax.nn.remat import RematPolicy, remat
+from llm_jax.nn.remat import RematPolicy, name_input, remat
 from llm_jax.nn.rope import RopeConfig, rope_tables
-from llm_jax.sharding.rules import constrain
+from llm_jax.sharding.rules import active_rules, constrain
 
 Capture = Literal["attention", "residual"]
 
@@ -33,13 +36,25 @@ class TransformerConfig:
     embed_dim: int
     num_layers: int
     attention: AttentionConfig
-    mlp: MlpConfig
+    mlp: MlpConfig | MoeConfig
     norm: NormConfig
     rope: RopeConfig | None = None
     dropout: float = 0.0
     remat: RematPolicy = "none"
     init_stddev: float = 0.02
     scan_unroll: int = 1
+
+
+class StackOutput(NamedTuple):
+    """Of a block or a stack: x [B, T, D], the advanced cache, tensors asked for, router statistics.
+
+    router: RouterSums of the mixture of experts, of a stack [L, ...] each; None without experts.
+    """
+
+    x: jax.Array
+    cache: KVCache | None
+    captured: dict[str, jax.Array]
+    router: RouterSums | None
 
 
 class Block(nnx.Module):
@@ -56,42 +71,49 @@ class Block(nnx.Module):
         self.attention_norm = Norm(config.embed_dim, config.norm, precision=precision, rngs=rngs)
         self.attention = Attention(config.embed_dim, config.attention, **makers)
         self.mlp_norm = Norm(config.embed_dim, config.norm, precision=precision, rngs=rngs)
-        self.mlp = Mlp(config.embed_dim, config.mlp, **makers)
+        mlp = Moe if isinstance(config.mlp, MoeConfig) else Mlp
+        self.mlp = mlp(config.embed_dim, config.mlp, **makers)
 
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array,
+        sight: Sight,
         *,
         rope: tuple[jax.Array, jax.Array] | None,
         key: jax.Array | None = None,
         cache: KVCache | None = None,
         layer: int | None = None,
         capture: tuple[Capture, ...] = (),
-    ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
-        """x: [B, T, D]; mask: [B, T, S]; key: drops units when given."""
+    ) -> StackOutput:
+        """x: [B, T, D]; key: drops units when given."""
         keys = (None, None) if key is None else jax.random.split(key)
+        x = name_input(x)
         y, weights, cache = self.attention(
             self.attention_norm(x),
-            mask,
+            sight,
             rope=rope,
             cache=cache,
             layer=layer,
             keep_weights="attention" in capture,
         )
         x = x + dropout(y, self.config.dropout, keys[0])
-        y = self.mlp(self.mlp_norm(x))
+        x = constrain(x, "batch", "residual_length", "activation_embed")
+        y, router = self.mlp_norm(x), None
+        if isinstance(self.mlp, Moe):
+            y, router = self.mlp(y, sight.queries.segment_ids > 0)
+        else:
+            y = self.mlp(y)
         x = x + dropout(y, self.config.dropout, keys[1])
-        x = constrain(x, "batch", "length", "activation_embed")
+        x = constrain(x, "batch", "residual_length", "activation_embed")
         available = {"attention": weights, "residual": x}
-        return x, cache, {name: available[name] for name in capture}
+        return StackOutput(x, cache, {name: available[name] for name in capture}, router)
 
 
 class Stack(nnx.Module):
     """L blocks. `layers` is one block with stacked parameters, or an nnx.List after `unstack`."""
 
     def __init__(self, config: TransformerConfig, *, precision: Precision, rngs: nnx.Rngs):
-        self.config = config
+        self.config, self.precision = config, precision
         self.layers = stacked(
             lambda rngs: Block(config, precision=precision, rngs=rngs), config.num_layers, rngs
         )
@@ -104,7 +126,7 @@ class Stack(nnx.Module):
         key: jax.Array | None = None,
         cache: KVCache | None = None,
         capture: tuple[Capture, ...] = (),
-    ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
+    ) -> StackOutput:
         """Runs all blocks.
 
         Args:
@@ -114,24 +136,26 @@ class Stack(nnx.Module):
           cache: continues generation; the T tokens are appended.
           capture: "residual" gives [L, B, T, D] after each block, "attention" [L, B, K, G, T, S].
         """
-        config = self.config
-        rope = config.rope and rope_tables(config.rope, config.attention.head_dim, places.positions)
+        apart = isinstance(self.layers, nnx.List)
+        rules = active_rules()
+        if cache is None and not apart and rules is not None and rules.shares("stage") > 1:
+            return self._pipeline(x, places, key, capture, rules)
         if cache is not None:
             cache = cache.with_places(places)
         keys = places if cache is None else cache.places
-        mask = attention_mask(places, keys, causal=config.attention.causal)
-        if cache is None and not isinstance(self.layers, nnx.List):
-            x, captured = self._scan(x, mask, rope, key, capture)
-            return x, None, captured
+        sight, rope = self._prepare(places, keys, cache is not None, capture)
+        if cache is None and not apart:
+            return self._scan(x, sight, rope, key, capture)
         rows = []
         for layer, block in enumerate(self.blocks()):
-            x, cache, row = block(
-                x, mask, rope=rope, key=layer_key(key, layer), cache=cache, layer=layer,
+            out = block(
+                x, sight, rope=rope, key=layer_key(key, layer), cache=cache, layer=layer,
                 capture=capture,
             )  # fmt: skip
-            rows.append(row)
-        captured = {name: jnp.stack([row[name] for row in rows]) for name in capture}
-        return x, cache and cache.advanced(x.shape[1]), captured
+            x, cache = out.x, out.cache
+            rows.append((out.captured, out.router))
+        captured, router = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        return StackOutput(x, cache and cache.advanced(x.shape[1]), captured, router)
 
     def blocks(self) -> list[Block]:
         if isinstance(self.layers, nnx.List):
@@ -142,20 +166,48 @@ class Stack(nnx.Module):
             for i in range(self.config.num_layers)
         ]
 
-    def _scan(self, x, mask, rope, key, capture):
+    def _prepare(self, places, keys, cached, capture):
+        """What all layers share: (sight, rope tables or None)."""
+        config = self.config
+        sight = see(
+            config.attention, self.precision, places, keys,
+            cached=cached, keep_weights="attention" in capture,
+        )  # fmt: skip
+        rope = config.rope and rope_tables(config.rope, config.attention.head_dim, places.positions)
+        return sight, rope
+
+    def _scan(self, x, sight, rope, key, capture):
         graphdef, state = nnx.split(self.layers)
 
         def body(x, layer):
             index, state = layer
             block = nnx.merge(graphdef, state)
-            x, _, captured = block(x, mask, rope=rope, key=layer_key(key, index), capture=capture)
-            return x, captured
+            out = block(x, sight, rope=rope, key=layer_key(key, index), capture=capture)
+            return out.x, (out.captured, out.router)
 
         body = remat(body, self.config.remat)
         layers = (jnp.arange(self.config.num_layers), state)
-        return jax.lax.scan(
+        x, (captured, router) = jax.lax.scan(
             body, x, layers, unroll=min(self.config.scan_unroll, self.config.num_layers)
         )
+        return StackOutput(x, None, captured, router)
+
+    def _pipeline(self, x, places, key, capture, rules):
+        """Each microbatch draws its own dropout, so dropout differs from that of `_scan`."""
+        if capture:
+            raise ValueError(
+                f"capture={capture} needs all layers in one place: use a mesh with pipeline=1"
+            )
+        graphdef, state = nnx.split(self.layers)
+
+        def layer(state, index, x, places, microbatch):
+            sight, rope = self._prepare(places, places, False, ())
+            mine = None if key is None else jax.random.fold_in(key, microbatch)
+            out = nnx.merge(graphdef, state)(x, sight, rope=rope, key=layer_key(mine, index))
+            return out.x, out.router
+
+        x, router = run_pipeline(remat(layer, self.config.remat), state, x, places, rules)
+        return StackOutput(x, None, {}, router)
 
 
 def layer_key(key: jax.Array | None, layer: jax.Array | int) -> jax.Array | None:

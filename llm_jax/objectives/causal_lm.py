@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core.packing import next_token_batch
 from llm_jax.core.types import Batch, LossOutput, Model, Tokenizer, Weighted
-from llm_jax.nn.losses import token_loss
+from llm_jax.nn.losses import head_loss, logits_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class CausalLm:
         return sequence_length + 1
 
     def transforms(self, tokenizer: Tokenizer) -> list:
-        return [NextToken(tokenizer.bos_id, tokenizer.eos_id)]
+        return [next_token(tokenizer.bos_id, tokenizer.eos_id)]
 
     def batch_spec(self, batch_size: int, sequence_length: int) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (batch_size, sequence_length)
@@ -44,31 +43,32 @@ class CausalLm:
     def loss(self, model: Model, batch: Batch, *, key: jax.Array | None, train: bool) -> LossOutput:
         """Cross entropy in nats, summed over the weighted positions."""
         output = model(batch, train=train, key=key)
-        losses = token_loss(output.logits, batch["targets"])
-        weights = batch["loss_weights"]
+        targets, weights = batch["targets"], batch["loss_weights"]
+        z_loss = self.config.z_loss if train else 0.0
+        if output.head is None:
+            sums = logits_loss(output.logits, targets, weights, z_loss)
+        else:
+            sums = head_loss(model.precision, output.hidden, output.head, targets, weights, z_loss)
         weight = jnp.sum(weights)
-        total = lambda values: Weighted(jnp.sum(values * weights), weight)  # noqa: E731
         metrics = {
-            "cross_entropy": total(losses.cross_entropy),
-            "accuracy": total(losses.correct),
+            "cross_entropy": Weighted(sums.cross_entropy_sum, weight),
+            "accuracy": Weighted(sums.correct_sum, weight),
         }
-        value = losses.cross_entropy
-        if train and self.config.z_loss:
-            z_loss = self.config.z_loss * jnp.square(losses.log_z)
-            metrics["z_loss"] = total(z_loss)
-            value = value + z_loss
-        loss = total(value)
-        return LossOutput(Weighted(loss.sum + output.aux_loss * weight, weight), metrics)
+        if z_loss:
+            metrics["z_loss"] = Weighted(sums.z_loss_sum, weight)
+        metrics |= output.metrics
+        return LossOutput(Weighted(sums.loss_sum + output.aux_loss * weight, weight), metrics)
 
 
-class NextToken(grain.transforms.Map):
-    """{"rows": [B, T + 1] int32, -1 padding} to the batch of next-token prediction."""
+def next_token(bos_id: int, eos_id: int):
+    """The Grain transformation of {"rows": [B, T + 1] int32, -1 padding} to next-token batches."""
+    import grain  # not at the top: a training step needs no loader, and runs where Grain is not
 
-    def __init__(self, bos_id: int, eos_id: int):
-        self.bos_id, self.eos_id = bos_id, eos_id
+    class NextToken(grain.transforms.Map):
+        def map(self, element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return next_token_batch(element["rows"], bos_id, eos_id)
 
-    def map(self, element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return next_token_batch(element["rows"], self.bos_id, self.eos_id)
+    return NextToken()
 
 
 def make(config: Config) -> CausalLm:

@@ -31,15 +31,21 @@ class RowShare:
     count: int
 
 
-def batch_sharding(rules: AxisRules, batch_size: int, rank: int = 2) -> NamedSharding:
-    """Rows over the mesh axes of "batch", everything else whole."""
-    axes = ("batch",) + (None,) * (rank - 1)
-    return rules.sharding(axes, (batch_size,) + (1,) * (rank - 1), "batch")
+def batch_sharding(rules: AxisRules, shape: tuple[int, ...]) -> NamedSharding:
+    """Rows over the mesh axes of "batch"; of sequences [B, T], the tokens over those of "length".
+
+    Raises:
+      ValueError: rows or tokens that do not divide over the mesh.
+    """
+    if len(shape) == 2:
+        rules.length_order(shape[1])
+        return rules.sharding(("batch", "length"), shape, "batch")
+    return rules.sharding(("batch",) + (None,) * (len(shape) - 1), shape, "batch")
 
 
 def row_share(rules: AxisRules, batch_size: int) -> RowShare:
     """Which rows this process must read; see `share_of`."""
-    placed = batch_sharding(rules, batch_size, 1).devices_indices_map((batch_size,))
+    placed = batch_sharding(rules, (batch_size,)).devices_indices_map((batch_size,))
     rows: dict[int, set[Rows]] = {}
     for device, (piece,) in placed.items():
         rows.setdefault(device.process_index, set()).add(piece.indices(batch_size)[:2])
@@ -65,27 +71,29 @@ def share_of(process: int, rows: Mapping[int, Iterable[Rows]]) -> RowShare:
 def to_global_batch(batch: Mapping[str, np.ndarray], rules: AxisRules, batch_size: int) -> Batch:
     """Puts this process's rows on its devices as arrays [batch_size, ...] over the mesh.
 
-    Returns at once: the transfer runs while the device computes.
+    Returns at once: the transfer runs while the device computes. The tokens of sequences stand in
+    `rules.length_order`; their positions and targets move with them.
 
     Args:
       batch: the rows of this process's share; or all `batch_size` rows, the same on every process,
         which then keep their order.
     """
-    placed = batch_sharding(rules, batch_size, 1).addressable_devices_indices_map((batch_size,))
+    placed = batch_sharding(rules, (batch_size,)).addressable_devices_indices_map((batch_size,))
     firsts = sorted({piece.indices(batch_size)[0] for (piece,) in placed.values()})
 
     def place(local: np.ndarray) -> jax.Array:
         whole = len(local) == batch_size
+        shape = (batch_size, *local.shape[1:])
+        sharding = batch_sharding(rules, shape)
+        if local.ndim == 2 and rules.shares("length") > 1:
+            local = local[:, rules.length_order(local.shape[1])]
 
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
             first, stop, _ = index[0].indices(batch_size)
             if not whole:
                 first, stop = (firsts.index(first) * (stop - first) + x for x in (0, stop - first))
-            return local[first:stop]
+            return local[(slice(first, stop), *index[1:])]
 
-        shape = (batch_size, *local.shape[1:])
-        return jax.make_array_from_callback(
-            shape, batch_sharding(rules, batch_size, local.ndim), rows
-        )
+        return jax.make_array_from_callback(shape, sharding, piece)
 
     return {name: place(local) for name, local in batch.items()}

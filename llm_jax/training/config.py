@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_jax.core.config import ConfigError, nearest, parse, parse_component, to_dict
 from llm_jax.data.config import DataConfig, resolve_data
+from llm_jax.nn.kernels.spec import Kernel
 from llm_jax.nn.precision import ComputeDtype
 from llm_jax.optim.make import OptimizerConfig
 from llm_jax.optim.schedule import ScheduleConfig, make_schedule
@@ -18,6 +19,8 @@ class TrainConfig:
 
     accumulate_steps: microbatches one optimizer step sums over, each batch_size / accumulate_steps
     rows; the result equals one big batch. log_every: steps between two records of the metrics.
+    reduce_dtype: in which devices add their gradients of a block's weights; bfloat16 halves the bytes.
+    attention_kernel: how training computes attention; "auto" takes the fastest that the backend has.
     """
 
     num_steps: int
@@ -26,6 +29,8 @@ class TrainConfig:
     log_every: int = 10
     seed: int = 0
     compute_dtype: ComputeDtype = "bfloat16"
+    reduce_dtype: ComputeDtype = "float32"
+    attention_kernel: Kernel = "auto"
 
     def __post_init__(self):
         for field in ("num_steps", "batch_size", "accumulate_steps", "log_every"):

@@ -20,6 +20,7 @@ from llm_jax.core.types import Batch, Model, Objective
 from llm_jax.nn.precision import Precision
 from llm_jax.optim.make import make_optimizer
 from llm_jax.optim.schedule import make_schedule
+from llm_jax.sharding.mesh import make_rules
 from llm_jax.sharding.place import batch_sharding
 from llm_jax.sharding.rules import AxisRules, logical_axes, shardings_for, use_rules
 from llm_jax.training.config import RunConfig
@@ -71,8 +72,13 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
     Raises:
       ConfigError: sizes that do not divide over the mesh; names parameter, axis, size and rule.
     """
-    rules = AxisRules(mesh)
-    precision = Precision.on(mesh.devices.flat[0].platform, config.train.compute_dtype)
+    rules = make_rules(config.mesh, mesh)
+    precision = Precision.on(
+        mesh.devices.flat[0].platform,
+        config.train.compute_dtype,
+        reduce_dtype=config.train.reduce_dtype,
+        attention_kernel=config.train.attention_kernel,
+    )
     make_model = functools.partial(
         component("models", config.model.name).make, config.model, precision=precision
     )
@@ -145,6 +151,7 @@ def state_shardings(abstract: TrainState, axes: Any, rules: AxisRules) -> TrainS
     """
     try:
         params = shardings_for(abstract.params, axes, rules)
+        moments = shardings_for(abstract.params, axes, rules.of_optimizer())
     except ValueError as error:
         raise ConfigError(str(error)) from None
     whole = rules.replicated()
@@ -152,7 +159,7 @@ def state_shardings(abstract: TrainState, axes: Any, rules: AxisRules) -> TrainS
         _dict_suffix(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(abstract.params),
-            jax.tree.leaves(params),
+            jax.tree.leaves(moments),
             strict=True,
         )
     }
@@ -186,18 +193,16 @@ def batch_spec(
     Raises:
       ConfigError: the rows of a microbatch do not divide over the mesh.
     """
-    batch_size = config.train.batch_size
-    micro = batch_size // config.train.accumulate_steps
+    train, length = config.train, config.data.sequence_length
     try:
-        batch_sharding(rules, micro)
+        for shape in objective.batch_spec(train.microbatch_size, length).values():
+            batch_sharding(rules, shape.shape)
     except ValueError as error:
         raise ConfigError(
-            f"config.train.batch_size {batch_size} / accumulate_steps "
-            f"{config.train.accumulate_steps} = {micro} rows: {error}"
+            f"config.train.batch_size {train.batch_size} / accumulate_steps "
+            f"{train.accumulate_steps} = {train.microbatch_size} rows of {length}: {error}"
         ) from None
     return {
-        name: jax.ShapeDtypeStruct(
-            s.shape, s.dtype, sharding=batch_sharding(rules, batch_size, len(s.shape))
-        )
-        for name, s in objective.batch_spec(batch_size, config.data.sequence_length).items()
+        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=batch_sharding(rules, s.shape))
+        for name, s in objective.batch_spec(train.batch_size, length).items()
     }

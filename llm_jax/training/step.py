@@ -1,5 +1,6 @@
 """One optimizer step: merge, loss, gradient, update. Pure, so it compiles anywhere."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from flax import nnx
 
 from llm_jax.core.types import Batch, Objective, Weighted
+from llm_jax.sharding.rules import active_rules, use_rules
 from llm_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -25,18 +27,15 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """The next state and scalar float32 metrics of this step."""
     key = jax.random.fold_in(state.key, state.step)
-
-    def loss_sum(params: Any, batch: Batch, key: jax.Array):
-        model = nnx.merge(graphdef, nnx.State(params), nnx.State(state.extra))
-        output = objective.loss(model, batch, key=key, train=True)
-        return output.loss.sum, (output.loss, output.metrics)
-
-    gradient = jax.value_and_grad(loss_sum, has_aux=True)
-    if accumulate_steps == 1:
-        (_, (loss, metrics)), grads = gradient(state.params, batch, key)
-    else:
-        grads, (loss, metrics) = accumulate(gradient, state.params, batch, key, accumulate_steps)
-
+    grads, loss, metrics = gradients(
+        state.params,
+        state.extra,
+        batch,
+        key,
+        graphdef=graphdef,
+        objective=objective,
+        accumulate_steps=accumulate_steps,
+    )
     # Sums until here: dividing once by the whole weight makes microbatches equal one big batch.
     grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1.0), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -51,25 +50,72 @@ def train_step(
     return state, report
 
 
+def gradients(
+    params: Any,
+    extra: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    accumulate_steps: int = 1,
+) -> tuple[Any, Weighted, dict[str, Weighted]]:
+    """(gradient of the summed loss, loss, metrics) of a batch, as sums."""
+
+    def loss_sum(params: Any, batch: Batch, key: jax.Array):
+        model = nnx.merge(graphdef, nnx.State(params), nnx.State(extra))
+        output = objective.loss(model, batch, key=key, train=True)
+        return output.loss.sum, (output.loss, output.metrics)
+
+    def gradient(params: Any, batch: Batch, key: jax.Array):
+        (_, aux), grads = jax.value_and_grad(loss_sum, has_aux=True)(params, batch, key)
+        return grads, aux
+
+    if accumulate_steps == 1:
+        grads, (loss, metrics) = gradient(params, batch, key)
+    else:
+        grads, (loss, metrics) = accumulate(gradient, params, batch, key, accumulate_steps)
+    return grads, loss, metrics
+
+
 def accumulate(gradient, params: Any, batch: Batch, key: jax.Array, num: int):
     """Sums gradient, loss and metrics over `num` microbatches of interleaved rows.
 
-    Row b goes to microbatch b % num: each device then keeps an equal share of every microbatch of
-    the rows it already has, and nothing moves between devices.
+    Row b of a device's rows goes to microbatch b % num: each device keeps an equal share of every
+    microbatch, and nothing moves between devices.
+
+    Where copies of the parameters each see their own rows (mesh axis "data"), every copy adds up its
+    own gradients, as a row of a `vmap` over the copies, and the copies meet once, after the last
+    microbatch. Gradients of shares of the parameters (fsdp) are reduced for each microbatch: to keep
+    them whole until the end would take the memory that fsdp saves.
     """
+    rules = active_rules()
+    axes = rules.copy_axes() if rules else ()
+    if not axes:
+        return _microbatches(gradient, params, batch, key, num)
+    copies = math.prod(rules.mesh.shape[a] for a in axes)
+    rows = {name: x.reshape(copies, -1, *x.shape[1:]) for name, x in batch.items()}
+    with use_rules(rules.within_copy()):
+        per_copy = jax.vmap(
+            lambda batch, key: _microbatches(gradient, params, batch, key, num),
+            spmd_axis_name=axes,
+        )(rows, jax.random.split(key, copies))
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), per_copy)
+
+
+def _microbatches(gradient, params, batch, key, num):
     split = lambda x: x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
     micro = jax.tree.map(split, dict(batch))
 
     def body(total, item):
         index, rows = item
-        (_, aux), grads = gradient(params, rows, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, (grads, aux)), None
+        return jax.tree.map(
+            jnp.add, total, gradient(params, rows, jax.random.fold_in(key, index))
+        ), None
 
     first = jax.tree.map(lambda x: x[0], micro)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(lambda: (lambda out: (out[1], out[0][1]))(gradient(params, first, key))),
-    )
+    shapes = jax.eval_shape(gradient, params, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(body, zeros, (jnp.arange(num), micro))
     return total
 

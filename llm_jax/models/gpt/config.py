@@ -4,7 +4,9 @@ import dataclasses
 from typing import Literal
 
 from llm_jax.nn.attention import AttentionConfig
+from llm_jax.nn.kernels.spec import AttentionSpec
 from llm_jax.nn.mlp import MlpConfig
+from llm_jax.nn.moe import MoeConfig
 from llm_jax.nn.norm import NormConfig
 from llm_jax.nn.remat import RematPolicy
 from llm_jax.nn.rope import RopeConfig, RopeScaling
@@ -15,6 +17,9 @@ from llm_jax.nn.transformer import TransformerConfig
 class Config:
     """A causal decoder. The defaults are Llama's choices; GPT-2's are in configs/gpt2_124m.py.
 
+    experts: a mixture of experts (nn/moe.py) in place of the MLP; mlp_dim and gated are then its own.
+    attention_window: positions a query sees, its own included (Mistral); None: all before it.
+    attention_soft_cap: scores become cap * tanh(scores / cap) (Gemma 2).
     scan_unroll: layers computed in one turn of the loop over layers. More compile longer and, on CPU,
     run faster in bfloat16: what a turn keeps for the backward pass need not be stacked.
     """
@@ -35,10 +40,13 @@ class Config:
     rope_scaling: RopeScaling | None = None
     activation: Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"] = "silu"
     gated: bool = True
+    experts: MoeConfig | None = None
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    attention_window: int | None = None
+    attention_soft_cap: float | None = None
     tie_embeddings: bool = False
     dropout: float = 0.0
     remat: RematPolicy = "none"
@@ -88,8 +96,9 @@ class Config:
                 bias=self.attention_bias,
                 out_bias=self.attention_out_bias,
                 qk_norm=NormConfig("rmsnorm", self.norm_epsilon) if self.qk_norm else None,
+                spec=AttentionSpec(True, self.attention_window, self.attention_soft_cap),
             ),
-            mlp=MlpConfig(self.mlp_dim, self.activation, self.gated, self.mlp_bias),
+            mlp=self.experts or MlpConfig(self.mlp_dim, self.activation, self.gated, self.mlp_bias),
             norm=norm,
             rope=rope,
             dropout=self.dropout,

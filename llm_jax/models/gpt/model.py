@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm_jax.core.param import normal, param
-from llm_jax.core.types import Batch, ModelOutput
+from llm_jax.core.types import Batch, Head, ModelOutput
 from llm_jax.models.gpt.config import Config
 from llm_jax.nn.cache import KVCache
 from llm_jax.nn.mask import Places
+from llm_jax.nn.moe import router_loss, router_metrics
 from llm_jax.nn.norm import Norm
 from llm_jax.nn.precision import Precision
 from llm_jax.nn.transformer import Stack, dropout
@@ -57,17 +58,22 @@ class GPT(nnx.Module):
         if self.config.position == "learned":
             x = x + self.precision.cast(self.position_embed[...][places.positions])
         x = dropout(x, self.config.dropout, keys[0])
-        x = constrain(x, "batch", "length", "activation_embed")
-        x, cache, captured = self.stack(x, places, key=keys[1], cache=cache, capture=capture)
-        x = self.final_norm(x)
-        return ModelOutput(self._logits(x), hidden=x, cache=cache, captured=captured)
+        x = constrain(x, "batch", "residual_length", "activation_embed")
+        out = self.stack(x, places, key=keys[1], cache=cache, capture=capture)
+        x = self.final_norm(out.x)
+        tied = self.config.tie_embeddings
+        head = Head(self.embed[...], "btd,vd->btv") if tied else Head(self.head[...], "btd,dv->btv")
+        logits = self._logits(x, head)
+        aux_loss, metrics = 0.0, {}
+        if out.router is not None:
+            moe = self.config.transformer().mlp
+            aux_loss, metrics = router_loss(moe, out.router), router_metrics(out.router)
+        return ModelOutput(
+            logits, x, head, out.cache, aux_loss=aux_loss, metrics=metrics, captured=out.captured
+        )
 
-    def _logits(self, x: jax.Array) -> jax.Array:
-        if self.config.tie_embeddings:
-            spec, weights = "btd,vd->btv", self.embed[...]
-        else:
-            spec, weights = "btd,dv->btv", self.head[...]
-        logits = self.precision.einsum(spec, x, weights, out_dtype=jnp.float32)
+    def _logits(self, x: jax.Array, head: Head) -> jax.Array:
+        logits = self.precision.einsum(head.spec, x, head.weights, out_dtype=jnp.float32)
         return constrain(logits, "batch", "length", "vocab")
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:

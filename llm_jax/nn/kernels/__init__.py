@@ -1,0 +1,1 @@
+"""Kernels beside their plain jnp references: one per file, and a chooser per operation."""
