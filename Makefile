@@ -1,4 +1,5 @@
-# Thin: sets up .venv, then calls Python. `make train`, `make test`, `make check`, `make clean`.
+# Thin: sets up .venv, then calls Python. `make train`, `make test`, `make test-slow`, `make check`,
+# `make clean`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +8,16 @@ export JAX_PLATFORMS ?= cpu
 # Huge pages for malloc: XLA frees and takes its buffers anew each step, 66,000 page faults without.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test check clean
+.PHONY: train test test-slow check clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m llm_jax.train --config configs/gpt_tiny.py --workdir $(WORKDIR)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -20,12 +20,15 @@ from llm_jax.data.progress import Silent, make_progress
 from llm_jax.evals.conclude import conclude
 from llm_jax.metrics.throughput import peak_flops
 from llm_jax.metrics.writer import MetricWriter
+from llm_jax.nn.pipeline import bubble
+from llm_jax.sharding import xla_flags
 from llm_jax.sharding.distributed import start_distributed
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.sharding.place import row_share
 from llm_jax.training.config import RunConfig, check_vocabulary, describe, differences, resolve
 from llm_jax.training.guard import EXIT_STATUS, lock_workdir, on_first_process
 from llm_jax.training.loop import Loop
+from llm_jax.training.peers import watching
 from llm_jax.training.program import Program, build_program
 from llm_jax.training.state import TrainState
 
@@ -33,8 +36,10 @@ from llm_jax.training.state import TrainState
 def main() -> None:
     arguments = flags.parse(flags.make_parser("train", __doc__.splitlines()[0], config=True))
     run = resolve(load_with_data(arguments.config, arguments.overrides, arguments.data))
-    start_distributed()
-    with lock_workdir(arguments.workdir):
+    xla_flags.apply()
+    start_distributed(peer_timeout=run.train.peer_timeout)
+    watch = watching(run.train.peer_timeout, arguments.workdir / "checkpoints")
+    with watch, lock_workdir(arguments.workdir):
         stopped_by = train(run, arguments.workdir, title=Path(arguments.config).stem)
     if stopped_by:
         sys.exit(EXIT_STATUS.get(stopped_by, 1))
@@ -87,9 +92,16 @@ def train(run: RunConfig, workdir: Path, title: str) -> str | None:
 def introduce(run: RunConfig, program: Program, say: Callable[[str], None]) -> None:
     """Says what is about to run, and on what."""
     say(describe(run))
-    shape = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    sizes = [f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1]
+    shape = " x ".join(sizes) or "of one device"
     kind = jax.devices()[0].device_kind
     say(f"{program.num_params:,} parameters on {jax.device_count()} {kind}, mesh {shape}")
+    if program.mesh.shape["pipeline"] > 1:
+        schedule, waits = program.rules.pipeline, bubble(program.rules)
+        say(
+            f"pipeline: {schedule.microbatches} microbatches in {schedule.rounds} round(s), "
+            f"a stage waits {waits:.1%} of the time"
+        )
     if peak_flops(kind) is None:
         say(f"no peak FLOP/s known for {kind!r}: MFU is not reported")
 

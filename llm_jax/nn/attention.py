@@ -26,7 +26,7 @@ class AttentionConfig:
     bias: bool = False  # on query, key and value
     out_bias: bool = False
     qk_norm: NormConfig | None = None
-    spec: AttentionSpec = AttentionSpec()
+    spec: AttentionSpec = dataclasses.field(default_factory=AttentionSpec)
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

@@ -195,13 +195,16 @@ def _on_mesh(job, with_gradient, hidden, head_weights, targets, weights) -> _Res
         else None,
         spec(v=axes.vocab, d=axes.embed) if with_gradient else None,
     )
-    return jax.shard_map(
+    result = jax.shard_map(
         functools.partial(_local, job, axes, with_gradient),
         mesh=rules.mesh,
         in_specs=(tokens, spec(v=axes.vocab), tokens, tokens),
         out_specs=result,
         check_vma=False,
     )(hidden, head_weights, targets, weights)
+    # Else a TPU, which reduces whole and cuts out the share afterwards, puts the cutting off to the
+    # update and keeps the whole gradient through the backward pass of all layers.
+    return jax.lax.optimization_barrier(result)
 
 
 def _local(job, axes, with_gradient, hidden, head_weights, targets, weights) -> _Result:

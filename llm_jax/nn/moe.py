@@ -76,6 +76,11 @@ class MoeConfig:
         if self.round_factor <= 0:
             raise ConfigError(f"round_factor = {self.round_factor}: expected more than 0")
 
+    @property
+    def active_dim(self) -> int:
+        """The width of MLP that one token passes."""
+        return self.experts_per_token * self.mlp_dim + (self.shared_dim or 0)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ class OptimizerConfig:
     weight_decay acts on matrices, not on biases and norm scales; with muon, on Muon's matrices only.
     clip_norm bounds the global norm of the gradient. beta1 and beta2 are those of AdamW and Lion, and
     of the AdamW part of muon, whose own momentum is 0.95; epsilon is AdamW's; adafactor uses none of
-    the three. momentum_dtype stores the first moment in fewer bits. Lion wants about a third of
+    the three. momentum_dtype stores the first moment in fewer bits, variance_dtype AdamW's second one,
+    which needs a beta2 of at most 0.99: smaller steps would be lost in rounding. Lion wants about a third of
     AdamW's learning rate and three times its weight decay.
     """
 
@@ -28,11 +29,17 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    variance_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         for field in ("beta1", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"optimizer.{field} = {getattr(self, field)} must lie in [0, 1)")
+        if self.variance_dtype != "float32" and (self.name != "adamw" or self.beta2 > 0.99):
+            raise ValueError(
+                f"optimizer.variance_dtype = {self.variance_dtype!r} with name {self.name!r} and beta2 "
+                f"{self.beta2}: it needs adamw and beta2 <= 0.99"
+            )
         for field in ("epsilon", "weight_decay"):
             if getattr(self, field) < 0:
                 raise ValueError(f"optimizer.{field} = {getattr(self, field)} must not be negative")
@@ -53,8 +60,17 @@ def make_optimizer(
     dtype = jnp.dtype(config.momentum_dtype)
     decay, beta1, beta2 = config.weight_decay, config.beta1, config.beta2
     make = {
-        "adamw": lambda: optax.adamw(
-            schedule, beta1, beta2, config.epsilon, mu_dtype=dtype, weight_decay=decay, mask=mask
+        "adamw": lambda: with_variance_in(
+            config.variance_dtype,
+            optax.adamw(
+                schedule,
+                beta1,
+                beta2,
+                config.epsilon,
+                mu_dtype=dtype,
+                weight_decay=decay,
+                mask=mask,
+            ),
         ),
         "lion": lambda: optax.lion(
             schedule, beta1, beta2, mu_dtype=dtype, weight_decay=decay, mask=mask
@@ -64,6 +80,29 @@ def make_optimizer(
     }[config.name]
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     return optax.chain(*clip, make())
+
+
+def with_variance_in(
+    dtype: str, adam: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Adam that keeps its second moment in `dtype` between steps and computes in float32."""
+    if dtype == "float32":
+        return adam
+
+    def cast(state: Any, dtype: str) -> Any:
+        is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
+        change = lambda node: (  # noqa: E731
+            node._replace(nu=jax.tree.map(lambda x: x.astype(dtype), node.nu))
+            if is_adam(node)
+            else node
+        )
+        return jax.tree.map(change, state, is_leaf=is_adam)
+
+    def update(updates, state, params=None):
+        updates, state = adam.update(updates, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(adam.init(params), dtype), update)
 
 
 def is_decayed(path: tuple, axes: LogicalAxes) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from llm_jax.core.config import ConfigError, nearest, parse, parse_component, to_dict
 from llm_jax.data.config import DataConfig, resolve_data
 from llm_jax.nn.kernels.spec import Kernel
+from llm_jax.nn.low_precision import MatmulDtype
 from llm_jax.nn.precision import ComputeDtype
 from llm_jax.optim.make import OptimizerConfig
 from llm_jax.optim.schedule import ScheduleConfig, make_schedule
@@ -20,7 +21,9 @@ class TrainConfig:
     accumulate_steps: microbatches one optimizer step sums over, each batch_size / accumulate_steps
     rows; the result equals one big batch. log_every: steps between two records of the metrics.
     reduce_dtype: in which devices add their gradients of a block's weights; bfloat16 halves the bytes.
+    matmul_dtype: "int8" or "fp8" multiplies activations and weights of blocks in 8 bits (extra lowp).
     attention_kernel: how training computes attention; "auto" takes the fastest that the backend has.
+    peer_timeout: seconds of silence after which a process of the job counts as lost and the others end.
     """
 
     num_steps: int
@@ -30,10 +33,12 @@ class TrainConfig:
     seed: int = 0
     compute_dtype: ComputeDtype = "bfloat16"
     reduce_dtype: ComputeDtype = "float32"
+    matmul_dtype: MatmulDtype | None = None
     attention_kernel: Kernel = "auto"
+    peer_timeout: float = 60.0
 
     def __post_init__(self):
-        for field in ("num_steps", "batch_size", "accumulate_steps", "log_every"):
+        for field in ("num_steps", "batch_size", "accumulate_steps", "log_every", "peer_timeout"):
             if getattr(self, field) < 1:
                 raise ValueError(f"train.{field} = {getattr(self, field)} must be at least 1")
         if self.batch_size % self.accumulate_steps:

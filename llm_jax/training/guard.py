@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_jax.core.flags import RunError
+from llm_jax.training import peers
 
 # What the shell makes of a process that died of these signals; schedulers tell by it.
 EXIT_STATUS = {"SIGTERM": 128 + signal.SIGTERM, "SIGINT": 128 + signal.SIGINT}
@@ -39,20 +40,19 @@ class StopRequest:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 
-    def agreed(self, ask_all: bool) -> bool:
-        """Whether to stop now.
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked after every step.
 
-        Several processes must stop at the same step, so they compare notes, at the steps where
-        `ask_all` is true: the same ones on each of them.
+        Several processes must stop at the same step, so they agree on one (peers.py).
         """
-        if jax.process_count() == 1:
+        watch = peers.active()
+        if watch is None:
             return self.name is not None
-        if not ask_all:
-            return False
-        flags = multihost_utils.process_allgather(np.array(self.name is not None))
-        if flags.any() and self.name is None:
-            self.name = "a signal to another process"
-        return bool(flags.any())
+        if self.name is not None:
+            watch.request_stop(self.name)
+        agreed = watch.stops_at(step)
+        self.name = agreed or self.name
+        return agreed is not None
 
 
 def on_first_process(function: Callable[[], Any]) -> Any:

@@ -90,7 +90,7 @@ class Loop:
                 state, metrics = self.program.step(state, batch)
                 step += 1
                 self._pending.append((step, metrics, epochs))
-                stop = request.agreed(step % self.run.train.log_every == 0)
+                stop = request.agreed(step)
                 if self.run.eval.every and step % self.run.eval.every == 0 and step < last:
                     self.evaluate(step, state)
                 # Before the next batch is drawn, so that the loader's state is that of this step.

@@ -76,6 +76,7 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
     precision = Precision.on(
         mesh.devices.flat[0].platform,
         config.train.compute_dtype,
+        matmul_dtype=config.train.matmul_dtype,
         reduce_dtype=config.train.reduce_dtype,
         attention_kernel=config.train.attention_kernel,
     )
@@ -111,6 +112,7 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
     evaluate = with_rules(
         rules, functools.partial(evaluation_step, graphdef=graphdef, objective=objective)
     )
+    check_traces(config, objective, evaluate, abstract)
     batch_shardings = {name: s.sharding for name, s in spec.items()}
     return Program(
         graphdef=graphdef,
@@ -130,6 +132,21 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
         ),
         evaluate=jax.jit(evaluate, out_shardings=rules.replicated()),
     )
+
+
+def check_traces(
+    config: RunConfig, objective: Objective, evaluate: Callable, abstract: TrainState
+) -> None:
+    """Traces the forward pass of a microbatch, so that what cannot run is said before any data is read.
+
+    Raises:
+      ConfigError: a kernel, a pipeline or a mixture of experts that does not fit model, mesh or backend.
+    """
+    batch = objective.batch_spec(config.train.microbatch_size, config.data.sequence_length)
+    try:
+        jax.eval_shape(evaluate, abstract.params, abstract.extra, batch)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def with_rules(rules: AxisRules, function: Callable) -> Callable:

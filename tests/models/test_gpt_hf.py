@@ -13,6 +13,7 @@ from llm_jax.core.config import ConfigError
 from llm_jax.data.tokenizers import raw_bytes
 from llm_jax.export import hf as export_hf
 from llm_jax.models.gpt import Config, hf, make
+from llm_jax.nn.moe import MoeConfig
 from llm_jax.nn.precision import Precision
 from llm_jax.nn.rope import RopeScaling
 from llm_jax.training.config import resolve
@@ -300,3 +301,17 @@ def test_defaults_of_the_table_are_those_of_transformers(architecture):
     filled = hf.config_from_hf({"model_type": architecture})
     explicit = hf.config_from_hf(json.loads(theirs.to_json_string(use_diff=False)))
     assert filled == explicit
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"experts": MoeConfig(num_experts=4, mlp_dim=16)},
+        {"attention_window": 8},
+        {"attention_soft_cap": 50.0},
+    ],
+)
+def test_what_no_architecture_has_is_not_exported(changes):
+    config = Config(**BASE, **changes)
+    with pytest.raises(ConfigError, match=f"no place for model.{next(iter(changes))}"):
+        hf.architecture_for(config)

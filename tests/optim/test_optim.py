@@ -3,7 +3,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import FAMILIES, make_model
+from tiny import FAMILIES, assert_trees_close, make_model
 
 from llm_jax.optim.make import OptimizerConfig, is_decayed, make_optimizer, muon_dimensions
 from llm_jax.optim.schedule import ScheduleConfig, make_schedule
@@ -65,6 +65,25 @@ def test_schedules(name):
         np.testing.assert_allclose(rate[10:81], 1.0)
 
 
+def test_moments_in_bfloat16():
+    """Updates stay within the rounding of the moments over many steps."""
+    axes, params = axes_of(), nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
+    short = OptimizerConfig(momentum_dtype="bfloat16", variance_dtype="bfloat16", clip_norm=None)
+    exact = OptimizerConfig(clip_norm=None)
+    states, updates = {}, {}
+    for config in (short, exact):
+        optimizer = make_optimizer(config, lambda step: 1e-2, axes)
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        for step in range(20):
+            grads = jax.tree.map(lambda p, step=step: p + 0.1 * np.cos(step + p), params)
+            updates[config], state = update(grads, state, params)
+        states[config] = state
+    adam = states[short][0][0]
+    moments = jax.tree.leaves((adam.mu, adam.nu))
+    assert {str(x.dtype) for x in moments} == {"bfloat16"}
+    assert_trees_close(updates[short], updates[exact], atol=2e-4)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -73,6 +92,8 @@ def test_schedules(name):
         (lambda: ScheduleConfig("cosine", decay_steps=5), "decay_steps = 5"),
         (lambda: OptimizerConfig(beta1=1.0), "beta1 = 1.0"),
         (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm = 0.0"),
+        (lambda: OptimizerConfig(variance_dtype="bfloat16", beta2=0.999), "needs adamw and beta2"),
+        (lambda: OptimizerConfig("lion", variance_dtype="bfloat16"), "name 'lion'"),
     ],
 )
 def test_errors(make, message):

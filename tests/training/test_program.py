@@ -138,7 +138,10 @@ def test_what_does_not_divide_is_named(sections, sizes, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"data": 3}, "mesh data 3 does not divide over 8 devices: the nearest that works is data=4|data=2"),
+        (
+            {"data": 3},
+            "mesh data 3 does not divide over 8 devices: the nearest that works is data=4|data=2",
+        ),
         ({"data": -1, "fsdp": -1}, "data and fsdp are all -1"),
         ({"tensor": 0}, "mesh.tensor = 0"),
     ],

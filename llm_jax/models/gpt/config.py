@@ -111,4 +111,7 @@ class Config:
         """The sizes that `metrics.throughput.transformer_flops` counts matmuls by."""
         names = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
                  "gated", "vocab_size")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        sizes = {name: getattr(self, name) for name in names}
+        if self.experts is not None:
+            sizes |= {"mlp_dim": self.experts.active_dim, "gated": self.experts.gated}
+        return sizes

@@ -89,7 +89,12 @@ class Architecture:
     def obstacles(self, config: Config) -> dict[str, Any]:
         """Our fields that it has no place for, with the value it would take."""
         values = vars(config)
-        return {k: v for k, v in self.fixed(values).items() if values[k] != v}
+        fixed = {**_NOWHERE, **self.fixed(values)}
+        return {k: v for k, v in fixed.items() if values[k] != v}
+
+
+# What none of the architectures below has.
+_NOWHERE = {"experts": None, "attention_window": None, "attention_soft_cap": None}
 
 
 def _in_blocks(prefix: str, rows: Sequence[Row]) -> tuple[Row, ...]:

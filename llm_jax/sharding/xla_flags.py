@@ -1,0 +1,164 @@
+"""XLA's own switches for each backend, in one place, each with its reason and its source.
+
+They are set before jax starts its backends, in the variables that XLA reads: LIBTPU_INIT_ARGS for a
+TPU, XLA_FLAGS for a GPU. What the user has set there wins, flag by flag; LLM_JAX_XLA_FLAGS=off leaves
+both variables alone. XLA aborts a process that gives it a flag it does not know, so the tests hand
+every flag to the compilers that are installed.
+
+The table is short on purpose. Most flags that circulate are the default by now or do nothing for
+this program; docs/xla_flags.md says which were tried and left out.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Literal
+
+Platform = Literal["tpu", "gpu", "cpu"]
+
+_XLA_GUIDE = "openxla.org/xla/flags_guidance"
+_MAXTEXT = "AI-Hypercomputer/maxtext: benchmarks/xla_flags_library.py"
+_NVIDIA = "docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    name: str
+    value: str
+    why: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"--{self.name}={self.value}"
+
+
+FLAGS: dict[Platform, tuple[Flag, ...]] = {
+    "tpu": (
+        Flag(
+            "xla_tpu_enable_data_parallel_all_reduce_opt",
+            "true",
+            "gradients summed between slices over the data-center network, while steps compute",
+            _MAXTEXT,
+        ),
+        Flag(
+            "xla_tpu_data_parallel_opt_different_sized_ops",
+            "true",
+            "the same for all-reduces of different sizes, over several iterations of a loop",
+            _MAXTEXT,
+        ),
+        Flag(
+            "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
+            "true",
+            "all-reduces run beside computation on v5e and v6e, as all-gathers do by default",
+            _XLA_GUIDE,
+        ),
+        Flag(
+            "xla_tpu_enable_async_all_to_all",
+            "true",
+            "tokens on their way to experts travel beside computation",
+            _XLA_GUIDE,
+        ),
+    ),
+    "gpu": (
+        Flag(
+            "xla_gpu_enable_latency_hiding_scheduler",
+            "true",
+            "collectives start early and end late, with computation between; off by default",
+            _NVIDIA,
+        ),
+        Flag(
+            "xla_gpu_enable_pipelined_all_gather",
+            "true",
+            "the next layer's parameters are gathered during this layer; off by default",
+            _NVIDIA,
+        ),
+        Flag(
+            "xla_gpu_enable_pipelined_all_reduce",
+            "true",
+            "a layer's gradients are summed during the layer before it; off by default",
+            _NVIDIA,
+        ),
+    ),
+    "cpu": (),
+}
+
+VARIABLES: dict[Platform, str] = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS", "cpu": "XLA_FLAGS"}
+
+# The names jax.config's `jax_platforms` takes, and what each is here.
+_PLATFORM_NAMES: dict[str, Platform] = {
+    "tpu": "tpu",
+    "cuda": "gpu",
+    "rocm": "gpu",
+    "gpu": "gpu",
+    "cpu": "cpu",
+}
+
+
+def xla_flags(platform: Platform) -> tuple[str, ...]:
+    """The flags of a platform, as `--name=value`."""
+    return tuple(str(flag) for flag in _of(platform))
+
+
+def compiler_options(platform: Platform) -> dict[str, str]:
+    """The same flags as `compiler_options` of one `jax.stages.Lowered.compile`."""
+    return {flag.name: flag.value for flag in _of(platform)}
+
+
+def apply(
+    platform: Platform | None = None, environment: MutableMapping[str, str] = os.environ
+) -> tuple[str, ...]:
+    """Adds the platform's flags to the variable that its compiler reads; call it before jax starts.
+
+    Args:
+      platform: None to guess it, without starting jax.
+
+    Returns:
+      The flags that were added: all that the variable does not name yet.
+
+    Raises:
+      ValueError: no such platform, or LLM_JAX_XLA_FLAGS is neither "on" nor "off".
+    """
+    switch = environment.get("LLM_JAX_XLA_FLAGS", "on")
+    if switch not in ("on", "off"):
+        raise ValueError(f"LLM_JAX_XLA_FLAGS={switch}: expected on or off")
+    if switch == "off":
+        return ()
+    platform = platform or guess_platform(environment)
+    mine, variable = _of(platform), VARIABLES[platform]
+    given = environment.get(variable, "").split()
+    named = {flag.lstrip("-").partition("=")[0] for flag in given}
+    added = tuple(str(flag) for flag in mine if flag.name not in named)
+    if added:
+        environment[variable] = " ".join([*given, *added])
+    return added
+
+
+def guess_platform(
+    environment: MutableMapping[str, str] = os.environ, devices: Path = Path("/dev")
+) -> Platform:
+    """What jax is going to run on: JAX_PLATFORMS, else the devices with an installed plugin."""
+    first = environment.get("JAX_PLATFORMS", "").partition(",")[0].strip().lower()
+    if first:
+        return _PLATFORM_NAMES.get(first, "cpu")
+    if _has(devices, "accel[0-9]*", "vfio/[0-9]*") and _installed("libtpu"):
+        return "tpu"
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+    if _has(devices, "nvidia[0-9]*", "kfd") and _installed(*plugins):
+        return "gpu"
+    return "cpu"
+
+
+def _of(platform: Platform) -> tuple[Flag, ...]:
+    if platform not in FLAGS:
+        raise ValueError(f"platform {platform!r} is unknown; choices: {', '.join(FLAGS)}")
+    return FLAGS[platform]
+
+
+def _has(devices: Path, *patterns: str) -> bool:
+    return any(next(devices.glob(pattern), None) is not None for pattern in patterns)
+
+
+def _installed(*modules: str) -> bool:
+    return any(importlib.util.find_spec(module) is not None for module in modules)
