@@ -20,7 +20,7 @@ from llm_jax.data.progress import Silent, make_progress
 from llm_jax.evals.conclude import conclude
 from llm_jax.metrics.throughput import peak_flops
 from llm_jax.metrics.writer import MetricWriter
-from llm_jax.nn.pipeline import bubble
+from llm_jax.nn.pipeline import bubble, count_microbatches
 from llm_jax.sharding import xla_flags
 from llm_jax.sharding.distributed import start_distributed
 from llm_jax.sharding.mesh import make_mesh
@@ -95,13 +95,11 @@ def introduce(run: RunConfig, program: Program, say: Callable[[str], None]) -> N
     sizes = [f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1]
     shape = " x ".join(sizes) or "of one device"
     kind = jax.devices()[0].device_kind
-    say(f"{program.num_params:,} parameters on {jax.device_count()} {kind}, mesh {shape}")
     if program.mesh.shape["pipeline"] > 1:
-        schedule, waits = program.rules.pipeline, bubble(program.rules)
-        say(
-            f"pipeline: {schedule.microbatches} microbatches in {schedule.rounds} round(s), "
-            f"a stage waits {waits:.1%} of the time"
-        )
+        rules = program.rules
+        micro = count_microbatches(rules, run.model.num_layers, run.train.microbatch_size)
+        shape += f" (a stage waits {bubble(rules, micro):.1%} of the time)"
+    say(f"{program.num_params:,} parameters on {jax.device_count()} {kind}, mesh {shape}")
     if peak_flops(kind) is None:
         say(f"no peak FLOP/s known for {kind!r}: MFU is not reported")
 

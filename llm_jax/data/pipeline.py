@@ -44,9 +44,9 @@ class Loader:
       close: stops reading ahead; called without arguments.
     """
 
-    def __init__(self, dataset: grain.IterDataset, rows: "_Rows", process_count: int):
+    def __init__(self, dataset: grain.IterDataset, rows: "_Rows", share: int, num_shares: int):
         self._opened = [iter(dataset)]
-        self._rows, self._process_count = rows, process_count
+        self._rows, self._share, self._num_shares = rows, share, num_shares
         self.num_batches = rows.num_batches
         # At exit as well: later, Grain's own __del__ would miss modules that are already gone.
         self.close = weakref.finalize(self, _close, self._opened)
@@ -67,16 +67,18 @@ class Loader:
     def get_state(self) -> dict[str, Any]:
         """JSON-able, valid for any process count; where there are several, all must call this."""
         state = self.local_state()
-        if self._process_count == 1 or "documents" not in state:
+        if self._num_shares == 1 or "documents" not in state:
             return state
         from jax.experimental import multihost_utils
 
         # int32: JAX would silently drop the upper half of int64.
         cursors = np.array([state["documents"], state["offsets"]], np.int32)
-        gathered = np.asarray(multihost_utils.process_allgather(cursors))  # [P, 2, b]
+        # Shares follow the mesh, not the processes, and several processes may have the same one.
+        shares, gathered = multihost_utils.process_allgather((np.int32(self._share), cursors))
+        of_share = dict(zip(shares.tolist(), gathered, strict=True))
         states = [
             {"batch": state["batch"], "documents": d.tolist(), "offsets": o.tolist()}
-            for d, o in gathered
+            for d, o in (of_share[i] for i in range(self._num_shares))
         ]
         return merge_states(states)
 
@@ -136,11 +138,11 @@ def make_loader(
     make = _StreamedRows if data.mode == "stream" else _ShardedRows
     rows = make(data, Path(workdir), tokenizer, batch_size, slots, split, shape)
     dataset = rows.dataset(objective.transforms(tokenizer))
-    return Loader(dataset, rows, process_count)
+    return Loader(dataset, rows, process_index, process_count)
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run's state from every process's `Loader.local_state()`, in the processes' order."""
+    """The run's state from the `Loader.local_state()` of every share, in the shares' order."""
     merged = {"batch": states[0]["batch"]}
     for key in ("documents", "offsets"):
         if key in states[0]:

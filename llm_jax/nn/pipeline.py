@@ -23,37 +23,54 @@ from llm_jax.sharding.rules import AxisRules, constrain, use_rules
 Layer = Callable[[Any, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
-def check_pipeline(rules: AxisRules, num_layers: int, batch_size: int) -> None:
-    """Raises ValueError, naming the nearest that works, where the schedule does not fit."""
+def count_microbatches(rules: AxisRules, num_layers: int, batch_size: int) -> int:
+    """M: what the mesh asks for, or as many as divide the rows, up to four for every stage.
+
+    Raises:
+      ValueError: layers or rows that the schedule does not fit; names the nearest that works.
+    """
     stages, schedule = rules.shares("stage"), rules.pipeline
-    groups = stages * schedule.rounds
-    if num_layers % groups:
-        fits = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
-        raise ValueError(
-            f"{num_layers} layers do not divide over mesh.pipeline {stages} x mesh.pipeline_rounds "
-            f"{schedule.rounds} = {groups} groups; the nearest product that works is "
-            f"{min(fits, key=lambda n: abs(n - groups))}"
-        )
-    if stages % schedule.rounds and schedule.rounds % stages:
-        raise ValueError(
-            f"mesh.pipeline_rounds {schedule.rounds} and mesh.pipeline {stages}: one must be a "
-            "multiple of the other"
-        )
+    _check_layers(stages, schedule.rounds, num_layers)
     rows = batch_size // rules.within_pipeline().shares("batch")
-    if schedule.microbatches < stages or rows % schedule.microbatches:
-        fits = [n for n in range(stages, rows + 1) if rows % n == 0]
-        nearest = min(fits, key=lambda n: abs(n - schedule.microbatches)) if fits else None
+    fits = [n for n in range(stages, rows + 1) if rows % n == 0]
+    wanted = schedule.microbatches
+    if wanted is None and fits:
+        return max([n for n in fits if n <= 4 * stages], default=fits[0])
+    if wanted not in fits:
+        nearest = (
+            f"the nearest that works is {min(fits, key=lambda n: abs(n - wanted))}"
+            if fits
+            else f"use a larger train.batch_size, at least {stages} rows for each share"
+        )
         raise ValueError(
-            f"mesh.microbatches {schedule.microbatches} must be at least mesh.pipeline {stages} and "
-            f"divide the {rows} rows of each share of the batch; "
-            + (f"the nearest that works is {nearest}" if fits else "use a larger train.batch_size")
+            f"mesh.microbatches {wanted} must be at least mesh.pipeline {stages} and divide the "
+            f"{rows} rows of each share of the batch; {nearest}"
+        )
+    return wanted
+
+
+def _check_layers(stages: int, rounds: int, num_layers: int) -> None:
+    possible = [
+        n
+        for n in range(1, num_layers // stages + 1)
+        if num_layers % (stages * n) == 0 and (stages % n == 0 or n % stages == 0)
+    ]
+    if rounds not in possible:
+        hint = (
+            f"rounds that work: {', '.join(map(str, possible))}"
+            if possible
+            else f"mesh.pipeline must divide {num_layers}"
+        )
+        raise ValueError(
+            f"mesh.pipeline_rounds {rounds} x mesh.pipeline {stages} must divide {num_layers} layers, "
+            f"and one of the two the other; {hint}"
         )
 
 
-def bubble(rules: AxisRules) -> float:
+def bubble(rules: AxisRules, microbatches: int) -> float:
     """The share of its time that a stage waits."""
-    stages, schedule = rules.shares("stage"), rules.pipeline
-    return (stages - 1) / (schedule.rounds * schedule.microbatches + stages - 1)
+    stages = rules.shares("stage")
+    return (stages - 1) / (rules.pipeline.rounds * microbatches + stages - 1)
 
 
 def run_pipeline(
@@ -65,17 +82,16 @@ def run_pipeline(
       layer: one layer; traced under the rules within a pipeline.
       params: of all layers, [L, ...] each.
       x: [B, T, D].
-      rows: a tree of [B, ...], what each layer wants to know of the rows it gets.
+      rows: a tree of [B, T, ...], what each layer wants to know of the rows it gets.
 
     Returns:
       x: [B, T, D]; and the sums of all layers, [L, ...] each.
     """
     num_layers = jax.tree.leaves(params)[0].shape[0]
-    check_pipeline(rules, num_layers, x.shape[0])
+    micro = count_microbatches(rules, num_layers, x.shape[0])
     inside = rules.within_pipeline()
     with use_rules(inside):
         groups = _dealt(params, rules)  # [R, P, k, ...]
-        micro = rules.pipeline.microbatches
         x, rows = (jax.tree.map(lambda a: _split(a, micro), tree) for tree in (x, rows))
         x, sums = _turns(layer, groups, x, rows, rules)
         x = constrain(_join(x), "batch", "residual_length", "activation_embed")

@@ -21,6 +21,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn import low_precision
 from llm_jax.nn.kernels.spec import Kernel
@@ -85,7 +86,8 @@ class Precision:
 
     def project(self, spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
         """`einsum` with the weights of a block, in `matmul_dtype` if there is one."""
-        return _project(spec, self, active_rules(), x, w)
+        # Named, since rematerialization cannot see the product inside a custom derivative.
+        return checkpoint_name(_project(spec, self, active_rules(), x, w), "projection")
 
     def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """x: [B, T, ...] plus bias: [...], in the dtype of x."""

@@ -1,12 +1,13 @@
 """What the forward pass keeps for the backward pass, by name.
 
-| policy      | kept per layer                                          | computed again                |
-|-------------|---------------------------------------------------------|-------------------------------|
-| none        | everything                                              | nothing                       |
-| dots        | the results of products with weights, attention's output| norms, activations            |
-| attention   | the block's input, attention's output                   | all products with weights     |
-| full        | the block's input                                       | everything                    |
-| offload     | the block's input, in host memory                       | everything                    |
+| policy             | kept per layer                         | computed again          |
+|--------------------|----------------------------------------|-------------------------|
+| none               | everything                             | nothing                 |
+| dots_and_attention | products with weights, attention       | norms, activations      |
+| dots               | products with weights                  | attention too           |
+| attention          | the block's input, attention           | products with weights   |
+| full               | the block's input                      | everything              |
+| offload            | the block's input, in host memory      | everything              |
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-RematPolicy = Literal["none", "full", "dots", "attention", "offload"]
+RematPolicy = Literal["none", "dots_and_attention", "dots", "attention", "full", "offload"]
 
 _policies = jax.checkpoint_policies
 
@@ -28,11 +29,11 @@ def _keeps_attention(primitive, *_, **__) -> bool:
 _ATTENTION = _policies.save_from_both_policies(
     _policies.save_only_these_names("attention"), _keeps_attention
 )
+_DOTS = _policies.save_only_these_names("projection")
 _POLICIES = {
     "full": _policies.nothing_saveable,
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _ATTENTION
-    ),
+    "dots": _DOTS,
+    "dots_and_attention": _policies.save_from_both_policies(_DOTS, _ATTENTION),
     "attention": _ATTENTION,
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

@@ -18,7 +18,7 @@ AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class SliceAxes:
-    """How often each mesh axis crosses slices (TPU) or hosts; -1, at most once, takes all of them.
+    """How often each mesh axis crosses slices of a TPU; -1, at most once, takes all of them.
 
     The links between slices are slow: data first, then pipeline or fsdp.
     """
@@ -48,7 +48,8 @@ class MeshConfig:
     dcn:      with several slices, the sizes above are those within one slice, and these multiply
               them across slices.
     rules:    which logical axis goes to which mesh axis: a name in sharding/rules.RULE_SETS.
-    microbatches: pieces of the batch that follow each other through the pipeline; None: 4 x pipeline.
+    microbatches: pieces of the batch that follow each other through the pipeline; None: up to 4 x
+              pipeline.
     pipeline_rounds: times a microbatch passes through all stages, each time through fewer layers.
               The share of time stages wait is (P - 1) / (rounds * microbatches + P - 1).
     """
@@ -69,10 +70,12 @@ class MeshConfig:
             fills = -1 in (getattr(self, axis) for axis in AXES if axis != "data")
             object.__setattr__(self, "data", 1 if fills else -1)
         _check_sizes({axis: getattr(self, axis) for axis in AXES}, "mesh.")
-        for field in ("microbatches", "pipeline_rounds"):
+        for field, default in (("microbatches", None), ("pipeline_rounds", 1)):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"mesh.{field} = {value}: expected at least 1")
+            if value != default and self.pipeline == self.dcn.pipeline == 1:
+                raise ValueError(f"mesh.{field} = {value} needs a pipeline: set mesh.pipeline too")
 
     def shape(self, num_devices: int, num_slices: int = 1) -> dict[str, int]:
         """Axis sizes within a slice of this many devices, in the order of AXES.
@@ -81,7 +84,8 @@ class MeshConfig:
           ValueError: the sizes do not multiply to the devices.
         """
         within = {axis: getattr(self, axis) for axis in AXES}
-        return _fill(within, num_devices // num_slices, "mesh", "devices")
+        things = "devices" if num_slices == 1 else f"devices of each of {num_slices} slices"
+        return _fill(within, num_devices // num_slices, "mesh", things)
 
     def slices(self, num_slices: int) -> dict[str, int]:
         """Factor of each axis across slices.
@@ -92,7 +96,7 @@ class MeshConfig:
         across = dataclasses.asdict(self.dcn)
         if num_slices > 1 and set(across.values()) == {1}:
             across["data"] = num_slices  # nothing said: copies of the model, the least to send
-        return _fill(across, num_slices, "mesh.dcn", "slices")
+        return _fill(across, num_slices, "mesh.dcn", "slices" if num_slices > 1 else "slice")
 
 
 def _check_sizes(sizes: Mapping[str, int], prefix: str) -> None:
@@ -101,7 +105,10 @@ def _check_sizes(sizes: Mapping[str, int], prefix: str) -> None:
             raise ValueError(f"{prefix}{axis} = {size}: expected a positive size, or -1 to fill")
     filled = [axis for axis, size in sizes.items() if size == -1]
     if len(filled) > 1:
-        raise ValueError(f"{prefix}: axes {' and '.join(filled)} are all -1: only one can fill")
+        names = " and ".join(prefix + axis for axis in filled)
+        raise ValueError(
+            f"{names} are -1: only one axis can take what is left; give the others a size"
+        )
 
 
 def _fill(sizes: Mapping[str, int], count: int, what: str, things: str) -> dict[str, int]:
@@ -111,7 +118,7 @@ def _fill(sizes: Mapping[str, int], count: int, what: str, things: str) -> dict[
         return {**sizes, filling: count // fixed}
     if filling is None and fixed == count:
         return dict(sizes)
-    product = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
+    product = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, -1))
     product = product or "of one device"
     raise ValueError(
         f"{what} {product} does not divide over {count} {things}: {_nearest(sizes, count)}"
@@ -153,10 +160,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _count_slices(devices: Sequence[jax.Device]) -> int:
-    """Groups of devices with fast links among them.
-
-    A TPU slice; on GPUs jax numbers the hosts the same way.
-    """
+    """TPU slices. GPU hosts are no slices: the order of AXES keeps the last axes within a host."""
     indices = [getattr(device, "slice_index", None) for device in devices]
     if None in indices or devices[0].platform == "gpu":
         return 1
@@ -171,8 +175,5 @@ def _count_slices(devices: Sequence[jax.Device]) -> int:
 
 def make_rules(config: MeshConfig, mesh: Mesh) -> AxisRules:
     """The rules of this config on its mesh."""
-    stages = mesh.shape["pipeline"]
-    schedule = PipelineSchedule(
-        config.microbatches or (1 if stages == 1 else 4 * stages), config.pipeline_rounds
-    )
+    schedule = PipelineSchedule(config.microbatches, config.pipeline_rounds)
     return AxisRules(mesh, tuple(RULE_SETS[config.rules].items()), schedule)

@@ -69,9 +69,9 @@ RULE_SETS: dict[str, dict[str, MeshAxes]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSchedule:
-    """Microbatches that follow each other, and how often each passes through all the stages."""
+    """Microbatches that follow each other (None: see nn/pipeline.py), and how often each passes all stages."""
 
-    microbatches: int = 1
+    microbatches: int | None = None
     rounds: int = 1
 
 

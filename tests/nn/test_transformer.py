@@ -1,6 +1,7 @@
 """Properties of the core that hold for every family of decoder."""
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from tiny import FAMILIES, make_model, random_batch, run
 from llm_jax.models import gpt
 from llm_jax.nn.attention import attention_weights, dot_product_attention
 from llm_jax.nn.precision import Precision
+from llm_jax.nn.remat import RematPolicy
 from llm_jax.nn.transformer import unstack
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -70,7 +72,7 @@ def test_padding_changes_nothing(family):
     np.testing.assert_allclose(logits[:, :12], run(model, batch).logits, atol=2e-5)
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "attention"])
+@pytest.mark.parametrize("policy", typing.get_args(RematPolicy)[1:])
 def test_remat_changes_memory_not_gradients(policy):
     batch = random_batch()
 

@@ -1,4 +1,4 @@
-"""One process with one device, one with eight, two with four: the same run."""
+"""One process with one device, one with eight, two with four, four with two: the same run."""
 
 import json
 import os
@@ -33,17 +33,32 @@ def free_port():
         return s.getsockname()[1]
 
 
+# Processes, devices of each, mesh. A process has neighbours along the last axes.
+SETUPS = {
+    "one": (1, 1, {}),
+    "eight": (1, 8, {"fsdp": 4, "tensor": 2}),
+    # fsdp crosses the processes
+    "pair": (2, 4, {"fsdp": 4, "tensor": 2}),
+    # fsdp and context cross them: two processes hold the same rows
+    "four": (4, 2, {"fsdp": 2, "context": 2, "tensor": 2}),
+    # data and tensor cross them
+    "four_tensor": (4, 2, {"data": 2, "tensor": 4}),
+}
+
+
 def train(setup, config, workdir, num_steps):
-    """Runs to `num_steps` on a setup: "one", "eight" or "pair"."""
-    processes, devices, *mesh = {
-        "one": (1, 1),
-        "eight": (1, 8, "--config.mesh.fsdp=4", "--config.mesh.tensor=2"),
-        "pair": (2, 4, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
-    }[setup]
+    """Runs to `num_steps` on a setup; the output of each process."""
+    processes, devices, mesh = SETUPS[setup]
     command = [sys.executable, "-m", "llm_jax.train", "--config", config, "--workdir", workdir,
-               f"--config.train.num_steps={num_steps}", *mesh]  # fmt: skip
+               f"--config.train.num_steps={num_steps}",
+               *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items())]  # fmt: skip
     fast = os.environ["XLA_FLAGS"].split(" ", 1)[1]
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {fast}"}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {fast}",
+        "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     address = f"127.0.0.1:{free_port()}"
     running = []
     for index in range(processes):
@@ -80,8 +95,9 @@ def check(mode, chain, corpus):
 
 
 def test_checkpoints_pass_between_all_setups(corpus):
-    check("shards", ["one", "eight", "one", "pair", "eight", "pair", "one"], corpus)
+    chain = ["one", "four", "pair", "one", "four_tensor", "eight", "one"]
+    check("shards", chain, corpus)
 
 
 def test_a_stream_goes_on_with_another_number_of_processes(corpus):
-    check("stream", ["one", "pair", "one"], corpus)
+    check("stream", ["four", "one", "pair"], corpus)
