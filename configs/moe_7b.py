@@ -4,7 +4,8 @@ Purpose:  more quality per FLOP than a dense model (Muennighoff et al. 2024); 64
           Query and key are normed head by head, as in Qwen3; OLMoE norms all heads together.
 Hardware: 64 or more TPU chips, or GPUs with 80 GB; compiled for 64 chips of v5p it takes 14 GB of each one's
           95, of which 1.3 are parameters and optimizer state (83 GB over all).
-Expect:   25,000 steps of 2^22 tokens: 105 B, 80 for each active parameter; OLMoE's own 5 T are 1,200,000.
+Expect:   25,000 steps of 2^22 tokens, 8.2e20 FLOPs: 80 tokens for each active parameter; OLMoE's own 5 T
+          tokens are 1,200,000 steps.
 Command:  python -m llm_jax.train --config configs/moe_7b.py --workdir /mnt/runs/moe_7b \
               --data '/mnt/texts/*.jsonl.zst' --config.mesh.expert=8
           Keep the expert axis within the fast links: a slice, or the 8 GPUs of a host.

@@ -38,9 +38,9 @@ def main() -> None:
     run = resolve(load_with_data(arguments.config, arguments.overrides, arguments.data))
     xla_flags.apply()
     start_distributed(peer_timeout=run.train.peer_timeout)
-    watch = watching(run.train.peer_timeout, arguments.workdir / "checkpoints")
-    with watch, lock_workdir(arguments.workdir):
-        stopped_by = train(run, arguments.workdir, title=Path(arguments.config).stem)
+    workdir = arguments.workdir
+    with watching(run.train.peer_timeout, workdir / "checkpoints"), lock_workdir(workdir):
+        stopped_by = train(run, workdir, title=Path(arguments.config).stem)
     if stopped_by:
         sys.exit(EXIT_STATUS.get(stopped_by, 1))
 
@@ -48,7 +48,7 @@ def main() -> None:
 def train(run: RunConfig, workdir: Path, title: str) -> str | None:
     """Runs the experiment to its end, from its newest checkpoint. Returns the signal that ended it."""
     first = jax.process_index() == 0
-    say = functools.partial(print, flush=True) if first else lambda text: None
+    say = functools.partial(print, flush=True) if first else lambda _: None
     program = build_program(run, make_mesh(run.mesh))
     introduce(run, program, say)
     prepared = prepare_together(run, workdir)

@@ -10,12 +10,14 @@ axis, which the compiler turns into a permutation among neighbours. So what is i
 under the control of the compiler, and fsdp, tensor, context and expert axes work in it as outside.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.sharding.rules import AxisRules, constrain, use_rules
 
@@ -90,13 +92,43 @@ def run_pipeline(
     num_layers = jax.tree.leaves(params)[0].shape[0]
     micro = count_microbatches(rules, num_layers, x.shape[0])
     inside = rules.within_pipeline()
+    copies = _copy_axes(params, inside)
     with use_rules(inside):
-        groups = _dealt(params, rules)  # [R, P, k, ...]
+        groups = _dealt(params, rules, copies)  # [C, R, P, k, ...]
+        x, rows = (
+            jax.tree.map(lambda a: _of_copies(a, inside, copies), tree) for tree in (x, rows)
+        )
+
+    def run(groups, x, rows):
         x, rows = (jax.tree.map(lambda a: _split(a, micro), tree) for tree in (x, rows))
         x, sums = _turns(layer, groups, x, rows, rules)
-        x = constrain(_join(x), "batch", "residual_length", "activation_embed")
-    sums = jax.tree.map(lambda a: a.reshape(num_layers, *a.shape[3:]), sums)
+        return constrain(_join(x), "batch", "residual_length", "activation_embed"), sums
+
+    with use_rules(inside.without(copies)):
+        x, sums = jax.vmap(run, spmd_axis_name=copies or None)(groups, x, rows)
+    x = x.reshape(-1, *x.shape[2:])
+    with use_rules(inside):
+        x = constrain(x, "batch", "residual_length", "activation_embed")
+    sums = jax.tree.map(lambda a: jnp.sum(a, 0).reshape(num_layers, *a.shape[4:]), sums)
     return constrain(x, "batch", "residual_length", "activation_embed"), sums
+
+
+def _copy_axes(params: nnx.State, rules: AxisRules) -> tuple[str, ...]:
+    """The mesh axes over which all weights lie whole while the pipeline runs.
+
+    Each place along them has a copy, as a row of a `vmap`, and adds up its own gradient. The copies
+    meet once, after the last turn, instead of in every turn.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    taken = {axis for v in leaves for name in v.axes for axis in rules.gathered().mesh_axes(name)}
+    return tuple(axis for axis in rules.mesh_axes("batch") if axis not in taken)
+
+
+def _of_copies(a, rules, copies):
+    """[B, T, ...] to [C, B / C, T, ...], the rows of each copy."""
+    a = constrain(a, "batch", "length", *(None,) * (a.ndim - 2))
+    count = math.prod(rules.mesh.shape[axis] for axis in copies)
+    return a.reshape(count, -1, *a.shape[1:])
 
 
 def _turns(layer, groups, x, rows, rules):
@@ -118,7 +150,7 @@ def _turns(layer, groups, x, rows, rules):
         state, stored, total = carry
         item = t - stage
         current, microbatch = jnp.clip(item // micro, 0, rounds - 1), item % micro
-        arriving = jnp.where(t < micro, x[t % micro][None], stored[:, t % micro])
+        arriving = jnp.where(t < micro, x[:, t % micro], stored[:, t % micro])
         state = jnp.where((stage == 0)[:, None, None, None], arriving, state)
         state = _pin(state)
         params = jax.tree.map(lambda w: _of_round(w, current), groups)
@@ -133,8 +165,13 @@ def _turns(layer, groups, x, rows, rules):
         return (state, stored, total), None
 
     zeros = _pin(jnp.zeros((stages, *x.shape[1:]), x.dtype))
-    stored = jnp.zeros((stages, *x.shape), x.dtype)
-    stored = constrain(stored, "stage", None, "batch", "residual_length", "activation_embed")
+    # A row for every stage, though only the first one reads it: its gradient then needs no sum over
+    # the stages in every turn.
+    x = jnp.broadcast_to(x, (stages, *x.shape))
+    x, stored = (
+        constrain(a, "stage", None, "batch", "residual_length", "activation_embed")
+        for a in (x, jnp.zeros_like(x))
+    )
     shapes = jax.eval_shape(
         everywhere, jax.tree.map(lambda w: w[0], groups), stage, zeros,
         jax.tree.map(lambda a: a[:1].repeat(stages, 0), rows), stage,
@@ -172,12 +209,13 @@ def _join(a):
     return a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
 
 
-def _dealt(params: nnx.State, rules: AxisRules) -> nnx.State:
-    """[L, ...] in shares over the stages to [R, P, k, ...], group r * P + p on stage p.
+def _dealt(params: nnx.State, rules: AxisRules, copies: tuple[str, ...]) -> nnx.State:
+    """[L, ...] in shares over the stages to [C, R, P, k, ...], group r * P + p on stage p.
 
     Weights are made whole over the axes that share the batch here, once for all microbatches.
     """
     whole = rules.gathered()
+    count = math.prod(rules.mesh.shape[axis] for axis in copies)
 
     def deal(variable):
         value, axes = variable[...], variable.axes
@@ -192,8 +230,9 @@ def _dealt(params: nnx.State, rules: AxisRules) -> nnx.State:
             )(value)  # fmt: skip
         # Stage-major now: [P, R, k, ...].
         value = value.reshape(stages, rounds, -1, *value.shape[1:]).swapaxes(0, 1)
-        with use_rules(whole):
-            value = constrain(value, None, "stage", None, *axes[1:])
+        spec = PartitionSpec(copies or None, *whole.spec(None, "stage", None, *axes[1:]))
+        value = jnp.broadcast_to(value, (count, *value.shape))
+        value = jax.lax.with_sharding_constraint(value, NamedSharding(rules.mesh, spec))
         return variable.replace(value)
 
     return jax.tree.map(deal, params, is_leaf=lambda v: isinstance(v, nnx.Variable))

@@ -54,8 +54,6 @@ DEFAULT_RULES: dict[str, MeshAxes] = {
     "stage": "pipeline",
 }
 
-BATCH_AXES = ("batch", "stage_batch")
-
 RULE_SETS: dict[str, dict[str, MeshAxes]] = {
     "default": DEFAULT_RULES,
     # Norms and residuals in shares of the sequence over "tensor" as well (Korthikanti et al. 2022):
@@ -177,11 +175,11 @@ class AxisRules:
         axes = self.mesh_axes("batch")
         return tuple(itertools.takewhile(lambda axis: axis not in shared, axes))
 
-    def within_copy(self) -> "AxisRules":
-        """The rules for the rows of one copy of the parameters."""
-        copy = self.copy_axes()
+    def without(self, mesh_axes: tuple[str, ...]) -> "AxisRules":
+        """The rules inside a `vmap` over these mesh axes of the batch."""
         rest = {
-            name: tuple(a for a in self.mesh_axes(name) if a not in copy) for name in BATCH_AXES
+            name: tuple(a for a in self.mesh_axes(name) if a not in mesh_axes)
+            for name in ("batch", "stage_batch")
         }
         return dataclasses.replace(self, table=tuple((self.rules | rest).items()))
 

@@ -95,7 +95,7 @@ def accumulate(gradient, params: Any, batch: Batch, key: jax.Array, num: int):
         return _microbatches(gradient, params, batch, key, num)
     copies = math.prod(rules.mesh.shape[a] for a in axes)
     rows = {name: x.reshape(copies, -1, *x.shape[1:]) for name, x in batch.items()}
-    with use_rules(rules.within_copy()):
+    with use_rules(rules.without(axes)):
         per_copy = jax.vmap(
             lambda batch, key: _microbatches(gradient, params, batch, key, num),
             spmd_axis_name=axes,

@@ -97,13 +97,18 @@ def test_sizes_that_do_not_multiply_to_the_devices(config, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"data": -1, "fsdp": -1}, "data and fsdp are .*-1: only one"),
-        ({"fsdp": -1, "tensor": -1}, "fsdp and tensor are .*-1: only one"),
+        ({"data": -1, "fsdp": -1}, r"mesh\.data and mesh\.fsdp are -1: only one axis"),
+        ({"fsdp": -1, "tensor": -1}, r"mesh\.fsdp and mesh\.tensor are -1: only one axis"),
         ({"tensor": 0}, r"mesh\.tensor = 0: expected a positive size, or -1"),
         ({"expert": -2}, r"mesh\.expert = -2: expected a positive size, or -1"),
         ({"microbatches": 0}, r"mesh\.microbatches = 0: expected at least 1"),
         ({"pipeline_rounds": 0}, r"mesh\.pipeline_rounds = 0: expected at least 1"),
-        ({"dcn": {"data": -1, "fsdp": -1}}, r"mesh\.dcn.*data and fsdp are .*-1: only one"),
+        ({"microbatches": 4}, r"mesh\.microbatches = 4 needs a pipeline: set mesh\.pipeline"),
+        ({"pipeline_rounds": 2}, r"mesh\.pipeline_rounds = 2 needs a pipeline"),
+        (
+            {"dcn": {"data": -1, "fsdp": -1}},
+            r"mesh\.dcn\.data and mesh\.dcn\.fsdp are -1: only one",
+        ),
         ({"dcn": {"fsdp": 0}}, r"mesh\.dcn\.fsdp = 0: expected a positive size, or -1"),
         ({"rules": "seqence"}, "did you mean 'sequence'.*choices: default, sequence, zero1"),
         ({"tensors": 2}, r"mesh\.tensors: unknown key; did you mean 'tensor'"),
@@ -193,8 +198,12 @@ def test_only_dcn_axes_cross_slices(config, devices, shape):
     [
         (MeshConfig(fsdp=-1, dcn=SliceAxes(data=3)), TWO, "dcn data 3 .* over 2 slices: .*data=2"),
         (MeshConfig(fsdp=-1, dcn=SliceAxes(data=2)), FOUR, "dcn data 2 .* over 4 slices: .*data=4"),
-        (MeshConfig(fsdp=-1, dcn=SliceAxes(data=2)), ONE, "dcn data 2 .* over 1 slice.*: .*data=1"),
-        (MeshConfig(fsdp=16), TWO, "fsdp 16 does not divide over 8 devices.*: .* is fsdp=8"),
+        (MeshConfig(fsdp=-1, dcn=SliceAxes(data=2)), ONE, "dcn data 2 .* over 1 slice: .*data=1"),
+        (
+            MeshConfig(fsdp=16),
+            TWO,
+            "fsdp 16 does not divide over 8 devices of each of 2 slices: .* is fsdp=8",
+        ),
         (
             MeshConfig(fsdp=-1),
             slices(CUBE, (2, 2, 1)),

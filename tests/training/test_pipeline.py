@@ -10,7 +10,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from tiny import model_section, run_config
 
-from llm_jax.nn.pipeline import bubble, check_pipeline, run_pipeline
+from llm_jax.nn.pipeline import bubble, count_microbatches, run_pipeline
 from llm_jax.sharding.mesh import MeshConfig, make_mesh, make_rules
 from llm_jax.sharding.rules import use_rules
 from llm_jax.training.program import build_program
@@ -34,10 +34,10 @@ def weights():
 
 
 def layer(params, index, x, rows, microbatch):
-    """Layers do not commute; each also tells its number and which rows and microbatch it saw."""
+    """Layers do not commute; each also adds up over rows its number and what it saw."""
     x = jnp.tanh(x @ params["w"][...] + 0.1 * index + rows[..., None])
-    seen = {"rows": jnp.sum(rows), "index": index.astype(jnp.float32), "microbatch": microbatch}
-    return x, seen
+    count = rows.shape[0]
+    return x, {"rows": rows.sum(), "index": count * index, "microbatch": count * microbatch}
 
 
 def piped(rules):
@@ -64,10 +64,9 @@ def test_every_row_passes_every_layer_in_order(schedule, fsdp):
         x, _ = layer(one, jnp.int32(index), x, rows, 0)
     np.testing.assert_allclose(found, x, atol=1e-6)
     # The sums of each layer are over all microbatches, each once, and over none that is not there.
-    microbatches = schedule[2]
     np.testing.assert_array_equal(sums["rows"], [rows.sum()] * LAYERS)
-    np.testing.assert_array_equal(sums["index"], microbatches * np.arange(LAYERS))
-    each = microbatches * (microbatches - 1) // 2
+    np.testing.assert_array_equal(sums["index"], ROWS * np.arange(LAYERS))
+    each = ROWS * (schedule[2] - 1) // 2
     np.testing.assert_array_equal(sums["microbatch"], [each] * LAYERS)
 
 
@@ -88,48 +87,61 @@ def test_the_bubble_is_the_share_of_turns_without_work(schedule):
     run, arguments = piped(rules)
     turns = next(scans(jax.make_jaxpr(run)(*arguments).jaxpr))
     worked = rounds * microbatches  # of each stage, one group of layers a turn
-    assert bubble(rules) == pytest.approx(1 - worked / turns)
+    assert bubble(rules, microbatches) == pytest.approx(1 - worked / turns)
 
 
 def test_rounds_and_microbatches_shrink_the_bubble():
-    waits = [bubble(rules_of(*schedule)) for schedule in [(4, 1, 4), (4, 1, 16), (4, 4, 16)]]
+    schedules = [(4, 1, 4), (4, 1, 16), (4, 4, 16)]
+    waits = [bubble(rules_of(*schedule), schedule[2]) for schedule in schedules]
     assert waits == sorted(waits, reverse=True)
     assert waits[0] == pytest.approx(3 / 7)
-    assert bubble(rules_of(1, 1, 1)) == 0
+    assert bubble(rules_of(1, 1, None), 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("stages", "rows", "microbatches"), [(2, 16, 8), (4, 16, 16), (4, 24, 12), (2, 7, 7), (4, 4, 4)]
+)
+def test_where_nothing_is_said_up_to_four_microbatches_follow_for_each_stage(
+    stages, rows, microbatches
+):
+    assert count_microbatches(rules_of(stages, 1, None), LAYERS, rows) == microbatches
+    shared = rules_of(stages, 1, None, fsdp=2)
+    assert count_microbatches(shared, LAYERS, 2 * rows) == microbatches
 
 
 @pytest.mark.parametrize(
     ("schedule", "layers", "rows", "message"),
     [
-        ((2, 2, 4), 6, 16, r"6 layers .*pipeline 2 x mesh\.pipeline_rounds 2 = 4 .* works is 3"),
-        ((4, 2, 4), 12, 16, r"12 layers .*pipeline 4 x .* 2 = 8 groups; the nearest"),
-        ((2, 3, 4), 12, 16, r"pipeline_rounds 3 and mesh\.pipeline 2: one must be a multiple"),
+        ((2, 2, 4), 6, 16, r"rounds 2 x mesh\.pipeline 2 must divide 6 layers.*that work: 1$"),
+        ((2, 3, 4), 12, 16, r"rounds 3 x mesh\.pipeline 2 must .* of the two .* that work: 1, 2, 6$"),
+        ((4, 1, 4), 6, 16, r"rounds 1 x mesh\.pipeline 4 must .*; mesh\.pipeline must divide 6$"),
         ((4, 1, 2), 8, 16, r"microbatches 2 must be at least mesh\.pipeline 4 .* works is 4"),
         ((2, 1, 5), 8, 16, r"microbatches 5 .* divide the 16 rows .* works is 4"),
         ((2, 1, 32), 8, 16, r"microbatches 32 .* divide the 16 rows .* works is 16"),
-        ((4, 1, 4), 8, 2, r"divide the 2 rows .*; use a larger train\.batch_size"),
+        ((4, 1, 4), 8, 2, r"divide the 2 rows .*; use a larger train\.batch_size, at least 4 rows"),
+        ((4, 1, None), 8, 2, r"the 2 rows .*; use a larger train\.batch_size, at least 4 rows"),
     ],
     ids=str,
 )  # fmt: skip
 def test_schedules_that_do_not_fit(schedule, layers, rows, message):
     with pytest.raises(ValueError, match=message) as caught:
-        check_pipeline(rules_of(*schedule), layers, rows)
+        count_microbatches(rules_of(*schedule), layers, rows)
     assert "\n" not in str(caught.value)
 
 
 def test_rows_are_counted_in_each_share_of_the_batch():
     rules = rules_of(2, 1, 8, fsdp=2)
-    check_pipeline(rules, LAYERS, 16)
+    assert count_microbatches(rules, LAYERS, 16) == 8
     with pytest.raises(ValueError, match=r"microbatches 8 .* divide the 4 rows .* works is 4"):
-        check_pipeline(rules, LAYERS, 8)
+        count_microbatches(rules, LAYERS, 8)
 
 
 @pytest.mark.parametrize(
     ("mesh", "layers", "train", "message"),
     [
-        ({"pipeline_rounds": 2}, 6, {}, "6 layers do not divide .* 4 groups; .* works is 3"),
+        ({"pipeline_rounds": 2}, 6, {}, "must divide 6 layers.* rounds that work: 1"),
         ({"microbatches": 3}, 4, {}, r"microbatches 3 .* the 8 rows .* works is (2|4)"),
-        ({}, 4, {"accumulate_steps": 2}, r"microbatches 8 .* the 4 rows .* works is 4"),
+        ({"microbatches": 8}, 4, {"accumulate_steps": 2}, r"8 .* the 4 rows .* works is 4"),
     ],
     ids=str,
 )
