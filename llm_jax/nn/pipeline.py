@@ -36,14 +36,15 @@ def count_microbatches(rules: AxisRules, num_layers: int, batch_size: int) -> in
     rows = batch_size // rules.within_pipeline().shares("batch")
     fits = [n for n in range(stages, rows + 1) if rows % n == 0]
     wanted = schedule.microbatches
-    if wanted is None and fits:
+    if not fits:
+        raise ValueError(
+            f"mesh.pipeline {stages} needs at least {stages} rows in each share of the batch, and there "
+            f"are {rows}: use a larger train.batch_size, or fewer shares"
+        )
+    if wanted is None:
         return max([n for n in fits if n <= 4 * stages], default=fits[0])
     if wanted not in fits:
-        nearest = (
-            f"the nearest that works is {min(fits, key=lambda n: abs(n - wanted))}"
-            if fits
-            else f"use a larger train.batch_size, at least {stages} rows for each share"
-        )
+        nearest = f"the nearest that works is {min(fits, key=lambda n: abs(n - wanted))}"
         raise ValueError(
             f"mesh.microbatches {wanted} must be at least mesh.pipeline {stages} and divide the "
             f"{rows} rows of each share of the batch; {nearest}"
@@ -87,7 +88,7 @@ def run_pipeline(
       rows: a tree of [B, T, ...], what each layer wants to know of the rows it gets.
 
     Returns:
-      x: [B, T, D]; and the sums of all layers, [L, ...] each.
+      x: [B, T, D]; and the sums of all layers, [L, ...] each, which must be sums over rows.
     """
     num_layers = jax.tree.leaves(params)[0].shape[0]
     micro = count_microbatches(rules, num_layers, x.shape[0])

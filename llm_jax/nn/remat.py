@@ -8,6 +8,8 @@
 | attention          | the block's input, attention           | products with weights   |
 | full               | the block's input                      | everything              |
 | offload            | the block's input, in host memory      | everything              |
+
+The products of a mixture of experts count as "everything else": only "none" keeps them.
 """
 
 from collections.abc import Callable

@@ -126,15 +126,21 @@ def _fill(sizes: Mapping[str, int], count: int, what: str, things: str) -> dict[
 
 
 def _nearest(sizes: Mapping[str, int], count: int) -> str:
-    """What to change one axis to, so that the product fits."""
-    axis = max((a for a in sizes if sizes[a] != -1), key=lambda a: sizes[a])
-    rest = math.prod(size for a, size in sizes.items() if a != axis and size != -1)
-    if count % rest:
+    """The smallest change of one axis, if possible of one that was asked for, that makes the product fit."""
+    fills = -1 in sizes.values()
+    options = []
+    for axis, size in sizes.items():
+        rest = math.prod(s for a, s in sizes.items() if a != axis and s != -1)
+        if size == -1 or count % rest:
+            continue
+        left = count // rest
+        fits = [n for n in range(1, left + 1) if left % n == 0] if fills else [left]
+        change = lambda n, size=size: (size == 1, abs(math.log(n / size)), -size)  # noqa: E731
+        options += [(change(n), axis, n) for n in fits if n != size]
+    if not options:
         return f"choose sizes whose product divides {count}, or -1 on one axis"
-    fits = [n for n in range(1, count // rest + 1) if (count // rest) % n == 0]
-    if -1 not in sizes.values():
-        fits = fits[-1:]
-    return f"the nearest that works is {axis}={min(fits, key=lambda n: abs(n - sizes[axis]))}"
+    _, axis, size = min(options)
+    return f"the nearest that works is {axis}={size}"
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -118,8 +118,8 @@ def test_where_nothing_is_said_up_to_four_microbatches_follow_for_each_stage(
         ((4, 1, 2), 8, 16, r"microbatches 2 must be at least mesh\.pipeline 4 .* works is 4"),
         ((2, 1, 5), 8, 16, r"microbatches 5 .* divide the 16 rows .* works is 4"),
         ((2, 1, 32), 8, 16, r"microbatches 32 .* divide the 16 rows .* works is 16"),
-        ((4, 1, 4), 8, 2, r"divide the 2 rows .*; use a larger train\.batch_size, at least 4 rows"),
-        ((4, 1, None), 8, 2, r"the 2 rows .*; use a larger train\.batch_size, at least 4 rows"),
+        ((4, 1, 4), 8, 2, r"needs at least 4 rows .* there are 2: use a larger train.batch_size"),
+        ((4, 1, None), 8, 2, r"needs at least 4 rows .* there are 2: use a larger train.batch_size"),
     ],
     ids=str,
 )  # fmt: skip
