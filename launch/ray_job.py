@@ -177,6 +177,9 @@ class Launch:
         except ConnectionError:
             raise RunError(f"no Ray cluster at {self.arguments.address}: start one with "
                            "`ray start --head`, or give its --address") from None  # fmt: skip
+        except (ValueError, RuntimeError) as error:  # a bad address; versions that do not match
+            reason = " ".join(str(error).split())  # it tells the versions line by line
+            raise RunError(f"--address={self.arguments.address}: {reason}") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self._asked.append(number))
         restarts = 0

@@ -40,6 +40,11 @@ COMING = {"CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES"}
 GONE = {"SUSPENDING", "SUSPENDED", "FAILED", "DELETING"}
 # An error that the training has told: another start would end the same way.
 FAILED = "1"
+MAX_FAILED_LOOKS = 10  # in a row, before a gcloud that fails is more than a moment's trouble
+
+
+class GcloudError(RunError):
+    """A gcloud command failed: the network, a worker that is gone, or a request that is wrong."""
 
 
 def main() -> None:
@@ -111,12 +116,14 @@ def _run(command: list[str]) -> str:
     """The standard output of a command.
 
     Raises:
-      RunError: it failed; its last line of errors.
+      GcloudError: it failed and is gcloud's; its last line of errors.
+      RunError: it failed and is another's.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RunError(f"`{shlex.join(command[:5])} ...` failed: {reason}")
+        kind = GcloudError if command[0] == "gcloud" else RunError
+        raise kind(f"`{shlex.join(command[:5])} ...` failed: {reason}")
     return done.stdout
 
 
@@ -196,44 +203,51 @@ class Keeper:
     max_restarts: int
     poll_seconds: float
     restarts: int = 0
+    failed_looks: int = 0  # in a row
     started: bool = False
 
     def run(self) -> None:
         """Returns when the training has ended with status 0.
 
         Raises:
-          RunError: it failed more than `max_restarts` times, or in a way that a restart repeats.
+          RunError: it failed more than `max_restarts` times, or in a way that a restart repeats; or
+            gcloud failed at MAX_FAILED_LOOKS looks in a row.
         """
         while True:
-            state = self.pod.state()
-            if state is None:
-                self._say("asking for the pod")
-                self.pod.create()
-            elif state == "ACTIVE":
+            try:
                 if self._look():
                     return
-            elif state in GONE:
-                self._say(f"the pod is {state}: deleting it, to ask for another")
-                self.started = False
-                self.pod.delete()
-            elif state not in COMING:
-                raise RunError(f"the queued resource is {state}, which is no state known here")
+                self.failed_looks = 0
+            except GcloudError as error:
+                # Also a preempted worker, which answers no longer before the queued resource says so.
+                self._bear(error)
             time.sleep(self.poll_seconds)
 
     def _look(self) -> bool:
+        """Does what the pod's state calls for; True when the training is done."""
+        state = self.pod.state()
+        if state is None:
+            self._say("asking for the pod")
+            self.pod.create()
+        elif state == "ACTIVE":
+            return self._train()
+        elif state in GONE:
+            self._say(f"the pod is {state}: deleting it, to ask for another")
+            self.started = False
+            self.pod.delete()
+        elif state not in COMING:
+            raise RunError(f"the queued resource is {state}, which is no state known here")
+        return False
+
+    def _train(self) -> bool:
         """Starts the training or sees how it is; True when it is done."""
-        try:
-            if not self.started:
-                self._say("the pod is there: installing, starting")
-                self.pod.install()
-                self.pod.start()
-                self.started = True
-                return False
-            status = self.pod.status().strip()
-        except RunError as error:
-            # A preempted worker answers no longer, before the queued resource says so.
-            self._count(str(error))
+        if not self.started:
+            self._say("the pod is there: installing, starting")
+            self.pod.install()
+            self.pod.start()
+            self.started = True
             return False
+        status = self.pod.status().strip()
         if status == "0":
             self._say("the training has ended")
             return True
@@ -244,6 +258,14 @@ class Keeper:
             self._count(f"the training ended with status {status}")
             self.started = False
         return False
+
+    def _bear(self, error: GcloudError) -> None:
+        self.failed_looks += 1
+        if self.failed_looks == MAX_FAILED_LOOKS:
+            raise RunError(
+                f"{error}, {MAX_FAILED_LOOKS} times in a row; the pod may still be there"
+            )
+        self._say(f"{error}; looking again, {self.failed_looks} of {MAX_FAILED_LOOKS} failed")
 
     def _count(self, what: str) -> None:
         self.restarts += 1

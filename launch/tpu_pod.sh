@@ -20,7 +20,9 @@ install_package() {
     curl -LsSf https://astral.sh/uv/install.sh | sh
   fi
   "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.12 "$VENV"
-  "$HOME/.local/bin/uv" pip install --quiet --python "$VENV/bin/python" "$SOURCE[tpu,gcs]"
+  # The versions that the tests ran with, the same on all workers.
+  "$HOME/.local/bin/uv" pip install --quiet --python "$VENV/bin/python" \
+    -c "$SOURCE/constraints.txt" "$SOURCE[tpu,gcs]"
 }
 
 mount_bucket() {

@@ -8,8 +8,9 @@ from llm_jax.checkpoint.load import load_model
 from llm_jax.core import flags
 from llm_jax.evals.conclude import evaluate, show
 from llm_jax.sharding.distributed import start_distributed
-from llm_jax.sharding.mesh import MeshConfig, make_mesh
+from llm_jax.sharding.mesh import MeshConfig, make_mesh, make_rules
 from llm_jax.sharding.rules import AxisRules
+from llm_jax.training.config import RunConfig
 
 
 def main() -> None:
@@ -20,15 +21,15 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="windows at a time; default: as in training")
     arguments = flags.parse(parser)
     start_distributed()
-    # Parameters in shares over whatever devices are here: the training mesh may not fit them.
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    loaded = load_model(arguments.workdir, arguments.step, mesh=mesh)
-    batch_size = arguments.batch_size or loaded.run.train.microbatch_size
+    loaded = load_model(arguments.workdir, arguments.step, rules=rules_for)
+    rules = rules_for(loaded.run)
+    shares = rules.shares("batch")
+    batch_size = arguments.batch_size or -(-loaded.run.train.microbatch_size // shares) * shares
     evaluation = evaluate(
         loaded.model,
         loaded.tokenizer,
         loaded.run,
-        AxisRules(mesh),
+        rules,
         arguments.workdir,
         loaded.step,
         batch_size,
@@ -41,6 +42,17 @@ def main() -> None:
         show(evaluation, Console())
         print(f"step {loaded.step}, {count(loaded.model):,} parameters")
         print(f"scores {evaluation.save(arguments.workdir)}")
+
+
+def rules_for(run: RunConfig) -> AxisRules:
+    """The mesh of training where the devices that are here make one, else all of them as "fsdp"."""
+    try:
+        rules = make_rules(run.mesh, make_mesh(run.mesh))
+        rules.length_order(run.data.sequence_length)
+        return rules
+    except ValueError:
+        mesh = MeshConfig(data=1, fsdp=-1)
+        return make_rules(mesh, make_mesh(mesh))
 
 
 def count(model: nnx.Module) -> int:

@@ -25,7 +25,7 @@ from llm_jax.sharding import xla_flags
 from llm_jax.sharding.distributed import start_distributed
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.sharding.place import row_share
-from llm_jax.training.config import RunConfig, check_vocabulary, describe, differences, resolve
+from llm_jax.training.config import RunConfig, changes_since, check_vocabulary, describe, resolve
 from llm_jax.training.guard import EXIT_STATUS, lock_workdir, on_first_process
 from llm_jax.training.loop import Loop
 from llm_jax.training.peers import watching
@@ -137,7 +137,7 @@ def restore_or_init(
     say(f"resuming after step {int(state.step)}")
     if int(state.step) >= run.train.num_steps:
         say(f"train.num_steps is {run.train.num_steps}: nothing is left to train")
-    for line in differences(saved.config, to_dict(run)):
+    for line in changes_since(saved.config, run):
         say(f"changed since that checkpoint: {line}")
     return state
 

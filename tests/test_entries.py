@@ -63,7 +63,7 @@ def test_from_text_to_export(run_python, texts, tmp_path):
         (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--confg", "x"], "unknown flag '--confg'; did you mean '--config'?"),
         (["--config.data.sequence_length=1024"], "1024 exceeds config.model.max_length 512"),
-        (["--config.mesh.fsdp=3"], "mesh data -1 x fsdp 3 x tensor 1 does not divide over 1 devices"),
+        (["--config.mesh.fsdp=3"], "mesh fsdp 3 does not divide over 1 devices: the nearest that works is fsdp=1"),
         (["--config.train.accumulate_steps=3"], "batch_size 8 is not a multiple of"),
     ],
 )  # fmt: skip

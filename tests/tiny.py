@@ -23,6 +23,7 @@ FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3}
 
 def model_section(**changes) -> dict:
     sizes = {"vocab_size": 64, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 64}
+    sizes |= {"mlp_dim": None} if "experts" in changes else {}
     return {"name": "gpt", "max_length": 32, **sizes, **changes}
 
 
@@ -59,6 +60,8 @@ def run_config(**sections):
     }
     for name, section in sections.items():
         config[name] = {**config.get(name, {}), **section}
+    if "experts" in config["model"]:
+        config["model"]["mlp_dim"] = None
     return resolve(config)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def load_model(
     step: int | None = None,
     *,
     mesh: Mesh | None = None,
+    rules: Callable[[RunConfig], AxisRules] | None = None,
     compute_dtype: ComputeDtype | None = None,
 ) -> LoadedModel:
     """The model of a run.
@@ -42,6 +43,7 @@ def load_model(
       directory: a run's --workdir, or the folder of its checkpoints.
       step: None is the newest.
       mesh: where the parameters go, in shares by the default rules; None is the first device.
+      rules: in place of `mesh`, makes mesh and rules from the config that the model was trained by.
       compute_dtype: None is that of training.
 
     Raises:
@@ -53,12 +55,13 @@ def load_model(
         step = _choose(checkpointer, step)
         files = checkpointer.run_files(step)
         run = resolve(files.config)
-        device = mesh.devices.flat[0] if mesh is not None else jax.local_devices()[0]
+        placing = rules(run) if rules is not None else AxisRules(mesh) if mesh is not None else None
+        device = jax.local_devices()[0] if placing is None else placing.mesh.devices.flat[0]
         precision = Precision.on(device.platform, compute_dtype or run.train.compute_dtype)
         make = component("models", run.model.name).make
         abstract = nnx.eval_shape(lambda: make(run.model, precision=precision, rngs=nnx.Rngs(0)))
         graphdef, params, extra = nnx.split(abstract, nnx.Param, ...)
-        arrays = checkpointer.restore_params(step, _placed(params, extra, mesh, device))
+        arrays = checkpointer.restore_params(step, _placed(params, extra, placing, device))
     finally:
         checkpointer.close()
     model = nnx.merge(graphdef, nnx.State(arrays["params"]), nnx.State(arrays["extra"]))
@@ -87,14 +90,13 @@ def _choose(checkpointer: Checkpointer, step: int | None) -> int:
 
 
 def _placed(
-    params: nnx.State, extra: nnx.State, mesh: Mesh | None, device: jax.Device
+    params: nnx.State, extra: nnx.State, rules: AxisRules | None, device: jax.Device
 ) -> dict[str, Any]:
     """Shapes with the shardings to restore onto."""
     shapes = {"params": nnx.to_pure_dict(params), "extra": nnx.to_pure_dict(extra)}
-    if mesh is None:
+    if rules is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), shapes)
     else:
-        rules = AxisRules(mesh)
         shardings = {
             "params": shardings_for(shapes["params"], logical_axes(params), rules),
             "extra": jax.tree.map(lambda _: rules.replicated(), shapes["extra"]),

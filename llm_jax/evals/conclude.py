@@ -24,6 +24,7 @@ from llm_jax.evals.perplexity import (
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.metrics.report import write_report
+from llm_jax.nn.precision import with_precision
 from llm_jax.sharding.rules import AxisRules
 from llm_jax.training.config import RunConfig
 
@@ -63,7 +64,11 @@ def evaluate(
     step: int,
     batch_size: int,
 ) -> Evaluation | None:
-    """Scores the held-out documents of a run; None when it has none."""
+    """Scores the held-out documents of a run; None when it has none.
+
+    In the compute dtype throughout, also after training in `matmul_dtype`: what is scored is what a
+    checkpoint loads and exports as.
+    """
     found = held_out_documents(run.data, workdir, run.eval.final_bytes)
     documents = [Document(d.name, d.text) for d in found]
     if not documents:
@@ -71,7 +76,8 @@ def evaluate(
     perplexity = Perplexity(
         documents, tokenizer, run.data.sequence_length, batch_size, run.eval.context
     )
-    scores = perplexity.score(model, rules)
+    precision = dataclasses.replace(model.precision, matmul_dtype=None)
+    scores = perplexity.score(with_precision(nnx.clone(model), precision), rules)
     files = compare_with_compressors(documents, scores)
     files.sort(key=lambda f: f.model / f.gzip, reverse=True)
     return Evaluation(step, summarize(scores), files)

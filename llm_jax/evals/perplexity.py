@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from llm_jax.core.types import Batch, Model, Tokenizer
-from llm_jax.nn.losses import token_loss
+from llm_jax.nn.losses import head_nats, token_loss
 from llm_jax.sharding.place import to_global_batch
 from llm_jax.sharding.rules import AxisRules, use_rules
 
@@ -90,11 +90,13 @@ class Perplexity:
     def _batches(self) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Batches of windows and the document that each of their rows belongs to."""
         shape = (self.batch_size, self.sequence_length)
+        positions = np.tile(np.arange(self.sequence_length, dtype=np.int32), (self.batch_size, 1))
         empty = lambda: {  # noqa: E731
             "tokens": np.zeros(shape, np.int32),
             "targets": np.zeros(shape, np.int32),
             "loss_weights": np.zeros(shape, np.float32),
             "segment_ids": np.zeros(shape, np.int32),
+            "positions": positions,
         }
         owners, batch = [], empty()
         for owner, ids, start in self._windows():
@@ -128,9 +130,13 @@ class Perplexity:
 def _row_nats(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, rules: AxisRules):
     """Weighted cross entropy summed over each row: [B] float32."""
     with use_rules(rules):
-        logits = nnx.merge(graphdef, state)(batch).logits
-        losses = token_loss(logits, batch["targets"]).cross_entropy
-        row_sums = jnp.sum(losses * batch["loss_weights"], axis=1)
+        model = nnx.merge(graphdef, state)
+        output, targets = model(batch), batch["targets"]
+        if output.head is None:
+            nats = token_loss(output.logits, targets).cross_entropy
+        else:
+            nats = head_nats(model.precision, output.hidden, output.head, targets)
+        row_sums = jnp.sum(nats * batch["loss_weights"], axis=1)
     return jax.lax.with_sharding_constraint(row_sums, rules.replicated())
 
 

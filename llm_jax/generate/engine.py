@@ -92,8 +92,13 @@ class Engine:
         self._graphdef, state = nnx.split(model)
         leaves, self._treedef = jax.tree.flatten(state)
         dtype = model.precision.dtype
-        # Norms compute in float32 with their one-dimensional scales; all else is cast at its use.
-        self._leaves = [a.astype(dtype) if a.ndim > 1 else a for a in leaves]
+        # Norms compute in float32 with their one-dimensional scales, routers with their matrix; all
+        # else is cast at its use.
+        variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        self._leaves = [
+            a.astype(dtype) if a.ndim > 1 and "router" not in v.axes else a
+            for a, v in zip(leaves, variables, strict=True)
+        ]
         self._empty_cache = jax.jit(model.init_cache, static_argnums=(0, 1))
         self._grow = jax.jit(KVCache.grown, static_argnums=1)
         self._fill = jax.jit(self._fill_program, donate_argnums=1)

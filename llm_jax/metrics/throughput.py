@@ -19,6 +19,7 @@ def transformer_flops(
     vocab_size: int,
     sequence_length: int,
     causal_half: bool,
+    attention_window: int | None = None,
 ) -> float:
     """Forward and backward FLOPs for one token of a decoder or encoder stack.
 
@@ -31,9 +32,11 @@ def transformer_flops(
              + 2*D*V)                          head
 
     A multiply-add is 2 FLOPs, the backward pass costs twice the forward. S = T, as in PaLM, or
-    S = T/2 with `causal_half`, which counts only the scores that a causal mask keeps. The embedding
-    lookup, norms, softmax and activations are free. For a mixture of experts, `mlp_dim` is the
-    width one token uses: experts per token times the width of an expert.
+    S = T/2 with `causal_half`, which counts only the scores that a causal mask keeps. Where a query
+    sees the last `attention_window` = W < T positions, S = W, or the mean over the queries,
+    W - W*(W - 1)/(2*T), with `causal_half`. The embedding lookup, norms, softmax and activations
+    are free. For a mixture of experts, `mlp_dim` is the width one token uses: experts per token
+    times the width of an expert.
 
     Returns:
       FLOPs per token.
@@ -51,17 +54,25 @@ def transformer_flops(
         "vocab_size": vocab_size,
         "sequence_length": sequence_length,
     }
+    if attention_window is not None:
+        sizes["attention_window"] = attention_window
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} = {size}: must be at least 1")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads = {num_kv_heads}: must divide num_heads = {num_heads}")
-    keys_seen = sequence_length / 2 if causal_half else sequence_length
+    keys_seen = _keys_seen(sequence_length, attention_window, causal_half)
     projections = 2 * embed_dim * head_dim * (2 * num_heads + 2 * num_kv_heads)
     attention = 4 * num_heads * head_dim * keys_seen
     mlp = 2 * embed_dim * mlp_dim * (3 if gated else 2)
     head = 2 * embed_dim * vocab_size
     return float(3 * (num_layers * (projections + attention + mlp) + head))
+
+
+def _keys_seen(length: int, window: int | None, causal_half: bool) -> float:
+    if window is None or window >= length:
+        return length / 2 if causal_half else length
+    return window - window * (window - 1) / (2 * length) if causal_half else window
 
 
 # Dense bf16 FLOP/s (float32 accumulation, no 2:4 sparsity) by `jax.Device.device_kind`. TPU: Google

@@ -2,7 +2,8 @@
 
 `head_loss` takes the place of the head's matmul and `token_loss` in training. Logits exist a chunk of
 tokens at a time, and the gradient is made in the same visit (as in Hsu et al. 2024, Liger Kernel):
-three matmuls with the head's weights in all, and nothing of size [B, T, V] at any time.
+three matmuls with the head's weights in all, and nothing of size [B, T, V] at any time. `head_nats`
+is the same for evaluation: the loss of each token, without a gradient.
 
 Over a mesh it runs inside a `shard_map`, since the partitioner would sum the weight gradient over
 devices in every chunk: here each device adds up its own tokens' and the sum over devices is taken
@@ -92,13 +93,31 @@ def head_loss(
       chunk_bytes: most bytes of float32 logits on one device; by default CHUNK_BYTES, or what
         MIN_CHUNK_TOKENS take if that is more.
     """
-    rules = active_rules()
-    if rules is not None and rules.mesh.size == 1:
-        rules = None
-    labels = head.spec.split("->")[0].split(",")[1]
-    job = _Job(precision, labels, float(z_loss), rules, chunk_bytes)
+    job = _Job.of(precision, head, z_loss, chunk_bytes)
     sums = _head_loss(job, hidden, head.weights, targets, weights)
     return HeadLoss(sums.loss_sum, *map(jax.lax.stop_gradient, sums[1:]))
+
+
+def head_nats(
+    precision: Precision,
+    hidden: jax.Array,
+    head: Head,
+    targets: jax.Array,
+    *,
+    chunk_bytes: int | None = None,
+) -> jax.Array:
+    """Cross entropy of each position, [B, T] float32; arguments as of `head_loss`. No derivative."""
+    job = _Job.of(precision, head, 0.0, chunk_bytes)
+    if job.rules is None:
+        return _local_nats(job, _Axes(), hidden, precision.cast(head.weights), targets)
+    axes = _Axes.of(job.rules, hidden.shape[1])
+    return jax.shard_map(
+        functools.partial(_local_nats, job, axes),
+        mesh=job.rules.mesh,
+        in_specs=(axes.of_tokens, axes.of_weights(job.labels), axes.of_tokens),
+        out_specs=axes.of_tokens,
+        check_vma=False,
+    )(hidden, _cast_as_stored(job, head.weights), targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +129,14 @@ class _Job:
     z_loss: float
     rules: AxisRules | None
     chunk_bytes: int | None
+
+    @classmethod
+    def of(cls, precision: Precision, head: Head, z_loss: float, chunk_bytes: int | None) -> "_Job":
+        rules = active_rules()
+        if rules is not None and rules.mesh.size == 1:
+            rules = None
+        labels = head.spec.split("->")[0].split(",")[1]
+        return cls(precision, labels, float(z_loss), rules, chunk_bytes)
 
 
 class _Result(NamedTuple):
@@ -174,34 +201,43 @@ class _Axes:
     def tokens(self) -> tuple[str, ...]:
         return self.batch + self.length
 
+    @property
+    def of_tokens(self) -> PartitionSpec:
+        return PartitionSpec(self.batch or None, self.length or None)
+
+    def of_weights(self, labels: str, embed: tuple[str, ...] = ()) -> PartitionSpec:
+        return PartitionSpec(*({"v": self.vocab, "d": embed}[x] or None for x in labels))
+
+
+def _cast_as_stored(job: _Job, head_weights: jax.Array) -> jax.Array:
+    """Pinned before a shard_map gathers them, lest the gather come before the cast."""
+    as_stored = job.rules.spec(*({"v": "vocab", "d": "embed"}[label] for label in job.labels))
+    return jax.lax.with_sharding_constraint(
+        job.precision.cast(head_weights), jax.sharding.NamedSharding(job.rules.mesh, as_stored)
+    )
+
 
 def _on_mesh(job, with_gradient, hidden, head_weights, targets, weights) -> _Result:
-    head_weights = job.precision.cast(head_weights)
     rules = job.rules
     if rules is None:
+        head_weights = job.precision.cast(head_weights)
         return _local(job, _Axes(), with_gradient, hidden, head_weights, targets, weights)
     axes = _Axes.of(rules, hidden.shape[1])
-    as_stored = rules.spec(*({"v": "vocab", "d": "embed"}[label] for label in job.labels))
-    # Pinned before the shard_map gathers it, lest the gather come before the cast.
-    head_weights = jax.lax.with_sharding_constraint(
-        head_weights, jax.sharding.NamedSharding(rules.mesh, as_stored)
-    )
-    spec = lambda **shares: PartitionSpec(*(shares.get(label) or None for label in job.labels))  # noqa: E731
-    tokens = PartitionSpec(axes.batch or None, axes.length or None)
+    tokens = axes.of_tokens
     result = _Result(
         HeadLoss(*(PartitionSpec(),) * 4),
         PartitionSpec(axes.batch or None, axes.length + axes.residual or None)
         if with_gradient
         else None,
-        spec(v=axes.vocab, d=axes.embed) if with_gradient else None,
+        axes.of_weights(job.labels, axes.embed) if with_gradient else None,
     )
     result = jax.shard_map(
         functools.partial(_local, job, axes, with_gradient),
         mesh=rules.mesh,
-        in_specs=(tokens, spec(v=axes.vocab), tokens, tokens),
+        in_specs=(tokens, axes.of_weights(job.labels), tokens, tokens),
         out_specs=result,
         check_vma=False,
-    )(hidden, head_weights, targets, weights)
+    )(hidden, _cast_as_stored(job, head_weights), targets, weights)
     # Else a TPU, which reduces whole and cuts out the share afterwards, puts the cutting off to the
     # update and keeps the whole gradient through the backward pass of all layers.
     return jax.lax.optimization_barrier(result)
@@ -237,6 +273,20 @@ def _local(job, axes, with_gradient, hidden, head_weights, targets, weights) -> 
     return _Result(sums, d_hidden, _sum_over(d_weights, rest))
 
 
+def _local_nats(job, axes, hidden, head_weights, targets) -> jax.Array:
+    num_tokens = math.prod(targets.shape)
+    count, size = _chunks(num_tokens, head_weights.shape[job.labels.index("v")], job.chunk_bytes)
+
+    def nats(arrays):
+        softmax = _softmax(job, axes.vocab, head_weights, *arrays)
+        return softmax.log_z - softmax.at_target
+
+    if count == 1:
+        return nats((hidden, targets))
+    chunks = jax.lax.map(nats, (_cut(hidden, count, size), _cut(targets, count, size)))
+    return chunks.reshape(-1)[:num_tokens].reshape(targets.shape)
+
+
 def _cut(x: jax.Array, count: int, size: int) -> jax.Array:
     """[b, t, ...] to [count, 1, size, ...], filled up with zeros.
 
@@ -248,10 +298,19 @@ def _cut(x: jax.Array, count: int, size: int) -> jax.Array:
     return x.reshape(count, 1, size, *x.shape[1:])
 
 
-def _chunk(job, vocab_axes, with_gradient, head_weights, hidden, targets, weights) -> _Result:
-    """Loss of [b, t, D] tokens, and its gradients: d_hidden over this device's share of V only."""
-    product, labels = job.precision.product, job.labels
-    logits = product(f"btd,{labels}->btv", hidden, head_weights, jnp.dtype(jnp.float32))
+class _Softmax(NamedTuple):
+    """Of [b, t] tokens. logits, is_target: this device's share of V; the rest: over all of V."""
+
+    logits: jax.Array
+    is_target: jax.Array
+    peak: jax.Array
+    log_z: jax.Array
+    at_target: jax.Array
+
+
+def _softmax(job, vocab_axes, head_weights, hidden, targets) -> _Softmax:
+    spec = f"btd,{job.labels}->btv"
+    logits = job.precision.product(spec, hidden, head_weights, jnp.dtype(jnp.float32))
     first_id = jax.lax.axis_index(vocab_axes) * logits.shape[-1] if vocab_axes else 0
     targets = targets[..., None] - first_id
     is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets
@@ -259,7 +318,14 @@ def _chunk(job, vocab_axes, with_gradient, head_weights, hidden, targets, weight
     peak = jax.lax.pmax(peak, vocab_axes) if vocab_axes else peak
     total = jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1)
     total, at_target = _sum_over((total, _at_target(job, logits, targets, is_target)), vocab_axes)
-    log_z = jnp.log(total) + peak
+    return _Softmax(logits, is_target, peak, jnp.log(total) + peak, at_target)
+
+
+def _chunk(job, vocab_axes, with_gradient, head_weights, hidden, targets, weights) -> _Result:
+    """Loss of [b, t, D] tokens, and its gradients: d_hidden over this device's share of V only."""
+    product, labels = job.precision.product, job.labels
+    softmax = _softmax(job, vocab_axes, head_weights, hidden, targets)
+    logits, is_target, peak, log_z, at_target = softmax
     cross_entropy = jnp.sum((log_z - at_target) * weights)
     z_loss = job.z_loss * jnp.sum(jnp.square(log_z) * weights)
     correct = jnp.sum((at_target >= peak) * weights)

@@ -6,7 +6,8 @@ balance), ST-MoE (Zoph et al. 2022, section 3: z-loss), MegaBlocks (Gale et al. 
 dropped), DeepSeekMoE (Dai et al. 2024: shared experts).
 
 Unusual: the balance is that of the whole global batch, hence the router returns sums (RouterSums),
-which shards, microbatches, layers and pipeline stages add, and the loss is made of them once.
+which shards, layers and pipeline stages add, and the loss is made of them once for each microbatch of
+`train.accumulate_steps`.
 """
 
 import dataclasses
@@ -166,7 +167,7 @@ class Moe(nnx.Module):
         self.config, self.precision = config, precision
         into = (config.num_experts, embed_dim, config.mlp_dim)
         out = (config.num_experts, config.mlp_dim, embed_dim)
-        self.router = param(rngs, (embed_dim, config.num_experts), ("embed", None), init)
+        self.router = param(rngs, (embed_dim, config.num_experts), ("embed", "router"), init)
         self.up = param(rngs, into, EXPERT_AXES["up"], init)
         self.down = param(rngs, out, EXPERT_AXES["down"], out_init)
         if config.gated:

@@ -13,7 +13,10 @@ from llm_jax.nn.losses import head_loss, logits_loss
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5); in training."""
+    """z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5).
+
+    It counts in training only, as do the losses of a mixture's routers.
+    """
 
     z_loss: float = 0.0
     name: str = "causal_lm"
@@ -57,7 +60,8 @@ class CausalLm:
         if z_loss:
             metrics["z_loss"] = Weighted(sums.z_loss_sum, weight)
         metrics |= output.metrics
-        return LossOutput(Weighted(sums.loss_sum + output.aux_loss * weight, weight), metrics)
+        aux_loss = output.aux_loss if train else 0.0
+        return LossOutput(Weighted(sums.loss_sum + aux_loss * weight, weight), metrics)
 
 
 def next_token(bos_id: int, eos_id: int):

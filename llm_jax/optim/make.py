@@ -142,13 +142,16 @@ def _muon(config, schedule, axes, mask):
 def muon_dimensions(path: tuple, axes: LogicalAxes) -> optax.contrib.MuonDimensionNumbers | None:
     """How Muon sees a parameter as a matrix from or to the embedding; None: not by Muon.
 
-    Embeddings and the head map tokens, not features, and stay with Adam (Jordan et al. 2024).
+    Embeddings, the head and routers map tokens or experts, not features, and stay with Adam (Jordan et
+    al. 2024). Every expert is a matrix of its own.
     """
     names = axes.names
-    if not is_decayed(path, axes) or "embed" not in names or {"vocab", "position"} & set(names):
+    if not is_decayed(path, axes) or {"vocab", "position", "router"} & set(names):
         return None
-    features = [i for i, name in enumerate(names) if name != "layers"]
-    embed = (names.index("embed"),)
+    features = [i for i, name in enumerate(names) if name not in ("layers", "experts")]
+    embed = tuple(i for i in features if names[i] in ("embed", "expert_embed"))
+    if not embed:
+        return None
     others = tuple(i for i in features if i not in embed)
     if not others:
         return None

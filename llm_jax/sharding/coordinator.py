@@ -22,7 +22,8 @@ import sys
 import threading
 import time
 
-LISTENING = "listening"  # the first line of our standard output, unless it says what went wrong
+# What we say on standard output: LISTENING, after BUSY if it took a while, or else what went wrong.
+LISTENING, BUSY = "listening", "busy"
 DONE = b"done\n"  # what process 0 writes to our standard input before it leaves as it should
 
 
@@ -158,15 +159,24 @@ def meet(address: str, index: int, count: int, host: str, timeout: float) -> Non
     )
 
 
-def _listen(bind: str, patience: float) -> socket.socket:
-    """Listens; waits for `patience` seconds for the coordinator of an earlier run to go away."""
-    deadline = time.monotonic() + patience
+def patience(linger: float) -> float:
+    """For how many seconds we wait for the coordinator of an earlier run to free the port."""
+    return linger + 15
+
+
+def _listen(bind: str, seconds: float) -> socket.socket:
+    """Listens; waits for `seconds` for a port that is in use, and says so."""
+    deadline = time.monotonic() + seconds
+    waits = False
     while True:
         try:
             return _bound(bind)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise
+        if not waits:
+            print(BUSY, flush=True)
+            waits = True
         time.sleep(1)
 
 
@@ -177,7 +187,10 @@ def _bound(bind: str) -> socket.socket:
         return socket.create_server(
             ("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
         )
-    return socket.create_server(("" if name == "::" else name, int(port)), backlog=1024)
+    family = socket.AF_INET6 if ":" in name and name != "::" else socket.AF_INET
+    return socket.create_server(
+        ("" if name == "::" else name, int(port)), family=family, backlog=1024
+    )
 
 
 def main() -> None:
@@ -188,17 +201,18 @@ def main() -> None:
     parser.add_argument("--heartbeat", required=True, type=int, help="jax's heartbeat, in seconds")
     parser.add_argument("--linger", required=True, type=float, help="seconds to outlive process 0")
     arguments = parser.parse_args()
-    # Slurm sends SIGTERM to every process of a step; the tasks need this one to save.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # Slurm sends SIGTERM to every process of a step, a terminal the others to every process of a
+    # group, and this one is in the group of process 0; those that save need it.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
+    parent = _Parent()
+    threading.Thread(target=parent.watch, daemon=True).start()
     try:
-        listener = _listen(arguments.bind, patience=arguments.linger + 15)
+        listener = _listen(arguments.bind, patience(arguments.linger))
     except OSError as error:
         print((error.strerror or str(error)).partition(" (")[0].lower(), flush=True)
         sys.exit(1)
     print(LISTENING, flush=True)
-    parent = _Parent()
-    threading.Thread(target=parent.watch, daemon=True).start()
     try:
         with listener:
             Meeting(listener, arguments.count).run(arguments.timeout)
@@ -207,7 +221,12 @@ def main() -> None:
     from jaxlib import _jax
 
     service = _jax.get_distributed_runtime_service(
-        arguments.bind, arguments.count, heartbeat_timeout=arguments.heartbeat, shutdown_timeout=5
+        arguments.bind,
+        arguments.count,
+        heartbeat_timeout=arguments.heartbeat,
+        # At their end all wait for each other, and jax aborts all of them when one takes longer:
+        # process 0 may still be writing its report.
+        shutdown_timeout=300,
     )
     parent.serves = True
     parent.gone.wait()

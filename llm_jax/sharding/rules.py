@@ -45,6 +45,7 @@ DEFAULT_RULES: dict[str, MeshAxes] = {
     "position": None,
     "experts": "expert",
     "expert_embed": ("fsdp", "context"),
+    "router": None,
     # activations
     "batch": ("data", "fsdp", "expert", "pipeline"),  # all stages share embedding, head and loss
     "stage_batch": ("data", "fsdp", "expert"),  # within a pipeline
@@ -75,11 +76,15 @@ class PipelineSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """A mesh and the rules on it; hashable, so it can be a static argument of a jitted function."""
+    """A mesh and the rules on it; hashable, so it can be a static argument of a jitted function.
+
+    copies: the name of the `vmap` over copies of the parameters, inside one (training/step.py).
+    """
 
     mesh: Mesh
     table: tuple[tuple[str, MeshAxes], ...] = tuple(DEFAULT_RULES.items())
     pipeline: PipelineSchedule = PipelineSchedule()
+    copies: str | None = None
 
     @property
     def rules(self) -> Mapping[str, MeshAxes]:
@@ -237,6 +242,14 @@ def use_rules(rules: AxisRules) -> Iterator[None]:
 def active_rules() -> AxisRules | None:
     """The rules that `constrain` acts on, or None."""
     return _active.get()
+
+
+def sum_over_copies(tree: Any) -> Any:
+    """Sums over tokens of one copy of the parameters to those of all, where copies run apart."""
+    rules = _active.get()
+    if tree is None or rules is None or rules.copies is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.psum(x, rules.copies), tree)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

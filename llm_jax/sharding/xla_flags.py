@@ -2,7 +2,7 @@
 
 They are set before jax starts its backends, in the variables that XLA reads: LIBTPU_INIT_ARGS for a
 TPU, XLA_FLAGS for a GPU. What the user has set there wins, flag by flag; LLM_JAX_XLA_FLAGS=off leaves
-both variables alone. XLA aborts a process that gives it a flag it does not know, so the tests hand
+both variables alone. On the way a machine without a TPU is told not to look for one. XLA aborts a process that gives it a flag it does not know, so the tests hand
 every flag to the compilers that are installed.
 
 The table is short on purpose. Most flags that circulate are the default by now or do nothing for
@@ -15,6 +15,9 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Literal
+
+import jax
+from jax._src import xla_bridge
 
 Platform = Literal["tpu", "gpu", "cpu"]
 
@@ -107,9 +110,14 @@ def compiler_options(platform: Platform) -> dict[str, str]:
 
 
 def apply(
-    platform: Platform | None = None, environment: MutableMapping[str, str] = os.environ
+    platform: Platform | None = None,
+    environment: MutableMapping[str, str] = os.environ,
+    devices: Path = Path("/dev"),
 ) -> tuple[str, ...]:
     """Adds the platform's flags to the variable that its compiler reads; call it before jax starts.
+
+    Where libtpu is installed and there is no TPU, a guess also sets JAX_PLATFORMS, unless it is set:
+    jax would start libtpu, which looks for chips and prints errors about what it does not find.
 
     Args:
       platform: None to guess it, without starting jax.
@@ -125,7 +133,10 @@ def apply(
         raise ValueError(f"LLM_JAX_XLA_FLAGS={switch}: expected on or off")
     if switch == "off":
         return ()
-    platform = platform or guess_platform(environment)
+    if platform is None:
+        platform = guess_platform(environment, devices)
+        if platform != "tpu" and "JAX_PLATFORMS" not in environment and _installed("libtpu"):
+            _name_platforms(platform, environment, devices)
     mine, variable = _of(platform), VARIABLES[platform]
     given = environment.get(variable, "").split()
     named = {flag.lstrip("-").partition("=")[0] for flag in given}
@@ -148,6 +159,19 @@ def guess_platform(
     if _has(devices, "nvidia[0-9]*", "kfd") and _installed(*plugins):
         return "gpu"
     return "cpu"
+
+
+def _name_platforms(
+    platform: Platform, environment: MutableMapping[str, str], devices: Path
+) -> None:
+    gpu = "cuda" if _has(devices, "nvidia[0-9]*") else "rocm"
+    names = f"{gpu},cpu" if platform == "gpu" else "cpu"
+    if environment is os.environ:
+        if jax.config.jax_platforms or xla_bridge.backends_are_initialized():
+            return
+        # jax has read the variable when it was imported.
+        jax.config.update("jax_platforms", names)
+    environment["JAX_PLATFORMS"] = names
 
 
 def _of(platform: Platform) -> tuple[Flag, ...]:

@@ -19,7 +19,8 @@ class TrainConfig:
     """batch_size: rows of the global batch, over all devices and microbatches.
 
     accumulate_steps: microbatches one optimizer step sums over, each batch_size / accumulate_steps
-    rows; the result equals one big batch. log_every: steps between two records of the metrics.
+    rows; the result equals one big batch, but for dropout and the balance of experts, which are each
+    microbatch's own. log_every: steps between two records of the metrics.
     reduce_dtype: in which devices add their gradients of a block's weights; bfloat16 halves the bytes.
     matmul_dtype: "int8" or "fp8" multiplies activations and weights of blocks in 8 bits (extra lowp).
     attention_kernel: how training computes attention; "auto" takes the fastest that the backend has.
@@ -181,6 +182,15 @@ def describe(run: RunConfig) -> str:
         text = " ".join(f"{key}={value!r}" for key, value in values.items())
         lines.append(f"config.{section}: {text}")
     return "\n".join(lines)
+
+
+def changes_since(saved: Mapping, run: RunConfig) -> list[str]:
+    """What differs from the config of a checkpoint, keys that it did not have yet at their defaults."""
+    try:
+        saved = to_dict(resolve(saved))
+    except ConfigError:  # of another version
+        saved = dict(saved)
+    return differences(saved, to_dict(run))
 
 
 def differences(old: Mapping, new: Mapping, where: str = "config") -> list[str]:

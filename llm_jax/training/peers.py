@@ -59,11 +59,13 @@ def watching(timeout: float, checkpoints: Path) -> Iterator[None]:
       checkpoints: the folder whose newest step the last line names.
     """
     global _active
-    client = distributed.global_state.client
-    if client is None:
+    state = distributed.global_state
+    if state.client is None:
         yield
         return
-    watch = Watch(client, jax.process_index(), jax.process_count(), timeout, checkpoints)
+    # Not jax.process_index(): it starts the backends, which wait for the others, and a process lost
+    # by then would be missed by nobody.
+    watch = Watch(state.client, state.process_id, state.num_processes, timeout, checkpoints)
     watch.start()
     _active = watch
     try:
@@ -117,14 +119,27 @@ class Watch:
             threading.Thread(target=target, name="peers", daemon=True).start()
 
     def leave(self) -> None:
-        """The work is done: silence means nothing from here on."""
+        """The work is done: this process's silence means nothing from here on.
+
+        It goes on to watch until the others are done too: what follows, jax's own end, waits for
+        them without a word.
+        """
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             with self._beating:
                 self._left = True
                 self._client.key_value_set(f"{_BEATS}/{self._index}", _LEFT, allow_overwrite=True)
             # Others may be about to agree on a step to stop at.
             self._client.key_value_set(f"{_STEPS}/{self._index}", str(self._step))
-        self._stopped.set()  # last, since the store may not answer
+        while not self._all_left():
+            time.sleep(self._interval)
+        self._stopped.set()
+
+    def _all_left(self) -> bool:
+        try:
+            beats = [beat for _, beat in self._client.key_value_dir_get(_BEATS)]
+        except jax.errors.JaxRuntimeError:
+            return False  # the judge sees the silence
+        return len(beats) == self._count and all(beat == _LEFT for beat in beats)
 
     def announce(self, what: str) -> None:
         """Tells the others that this process ends, and why."""

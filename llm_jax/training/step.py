@@ -1,5 +1,6 @@
 """One optimizer step: merge, loss, gradient, update. Pure, so it compiles anywhere."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -87,7 +88,7 @@ def accumulate(gradient, params: Any, batch: Batch, key: jax.Array, num: int):
     Where copies of the parameters each see their own rows (mesh axis "data"), every copy adds up its
     own gradients, as a row of a `vmap` over the copies, and the copies meet once, after the last
     microbatch. Gradients of shares of the parameters (fsdp) are reduced for each microbatch: to keep
-    them whole until the end would take the memory that fsdp saves.
+    them whole until the end would take the memory that fsdp saves. Each copy draws its own dropout.
     """
     rules = active_rules()
     axes = rules.copy_axes() if rules else ()
@@ -95,9 +96,10 @@ def accumulate(gradient, params: Any, batch: Batch, key: jax.Array, num: int):
         return _microbatches(gradient, params, batch, key, num)
     copies = math.prod(rules.mesh.shape[a] for a in axes)
     rows = {name: x.reshape(copies, -1, *x.shape[1:]) for name, x in batch.items()}
-    with use_rules(rules.without(axes)):
+    with use_rules(dataclasses.replace(rules.without(axes), copies="copies")):
         per_copy = jax.vmap(
             lambda batch, key: _microbatches(gradient, params, batch, key, num),
+            axis_name="copies",
             spmd_axis_name=axes,
         )(rows, jax.random.split(key, copies))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), per_copy)

@@ -5,13 +5,23 @@ import lzma
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import make_model, run
 
 from llm_jax.data.tokenizers import raw_bytes
-from llm_jax.evals.perplexity import Document, Perplexity, compare_with_compressors, summarize
-from llm_jax.sharding.mesh import MeshConfig, make_mesh
+from llm_jax.evals.perplexity import (
+    Document,
+    Perplexity,
+    _row_nats,
+    compare_with_compressors,
+    summarize,
+)
+from llm_jax.models import gpt
+from llm_jax.nn.precision import Precision
+from llm_jax.sharding.mesh import MeshConfig, make_mesh, make_rules
 from llm_jax.sharding.rules import AxisRules
 
 TEXTS = ["short", "a somewhat longer text, longer than two windows of the model " * 2, "é你"]
@@ -72,6 +82,29 @@ def test_batch_size_and_mesh_do_not_matter(model, tokenizer):
     many = Perplexity(DOCUMENTS, tokenizer, 16, 8).run(model, rules(8))
     assert one["loss"] == pytest.approx(many["loss"], rel=1e-5)
     assert one["tokens"] == many["tokens"]
+
+
+def test_shares_of_the_sequence_do_not_matter(model, tokenizer):
+    perplexity = Perplexity(DOCUMENTS, tokenizer, 16, 4)
+    mesh = MeshConfig(data=2, context=2)
+    shared = perplexity.run(model, make_rules(mesh, make_mesh(mesh, jax.devices()[:4])))
+    assert shared == pytest.approx(perplexity.run(model, rules()), rel=1e-5)
+
+
+def test_logits_of_all_tokens_are_never_in_memory():
+    """Only compiled: 1 GiB of logits, by chunks of a quarter."""
+    batch_size, length, vocab = 8, 1024, 32768
+    config = gpt.Config(vocab, embed_dim=8, num_layers=1, num_heads=1, mlp_dim=8)
+    make = lambda: gpt.make(config, precision=Precision(), rngs=nnx.Rngs(0))  # noqa: E731
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    dtypes = {"loss_weights": jnp.float32}
+    names = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, length), dtypes.get(name, jnp.int32))
+        for name in names
+    }
+    compiled = _row_nats.lower(graphdef, state, batch, rules()).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < batch_size * length * vocab * 4
 
 
 def test_summary_and_compressors(model, tokenizer):

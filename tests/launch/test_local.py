@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -207,6 +208,33 @@ def test_what_a_killed_process_started_is_killed_too():
     started = time.monotonic()
     assert local.Group(scripts(child, dies), grace=0.5).run() == 137
     assert time.monotonic() - started < 20
+
+
+def is_open(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_no_coordinator_outlives_the_launcher():
+    address = f"127.0.0.1:{local.free_port()}"
+    code = (
+        "import os, time\n"
+        "from llm_jax.sharding.distributed import start_distributed\n"
+        "start_distributed()\n"
+        "if os.environ['JAX_PROCESS_ID'] == '0': os.kill(os.getpid(), 9)\n"
+        "time.sleep(60)"
+    )
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        local.Process([sys.executable, "-c", code], {**job, "JAX_PROCESS_ID": str(index)})
+        for index in range(2)
+    ]
+    assert local.Group(processes, grace=0.5).run() == 137
+    port = int(address.rpartition(":")[2])
+    deadline = time.monotonic() + 5  # the kernel takes its time to close what it killed
+    while is_open(port):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_signals_are_passed_on_and_are_no_failure(capfdbinary):

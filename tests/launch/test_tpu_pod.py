@@ -102,7 +102,10 @@ FAKE_GCLOUD = """#!/bin/bash
 folder={folder}
 next() {{ head -n 1 "$folder/$1"; sed -i 1d "$folder/$1"; }}
 case "$4:$*" in
-  list:*) next states ;;
+  list:*)
+    answer=$(next states)
+    if [ "$answer" = failing ]; then echo "no network" >&2; exit 1; fi
+    echo "$answer" ;;
   create:*|delete:*|scp:*) echo "$4" >> "$folder/log" ;;
   *install*) echo install >> "$folder/log" ;;
   *"tpu_pod.sh start"*) echo start >> "$folder/log" ;;
@@ -145,7 +148,17 @@ def test_a_run_that_lost_a_worker_is_started_again(tmp_path):
     assert done.returncode == 0, done.stderr
     assert log == SETTING_UP * 2
     assert "the training ended with status 75; restart 1 of 20" in done.stdout
-    assert "no route; restart 2 of 20" in done.stdout
+    assert "no route; looking again, 1 of 10 failed" in done.stdout
+
+
+def test_gcloud_may_fail_now_and_then_but_not_forever(tmp_path):
+    states = [*["failing"] * 9, "ACTIVE", *["failing"] * 9, "ACTIVE"]
+    log, done = play(tmp_path, states, ["0"], "--max_restarts", "0")
+    assert done.returncode == 0, done.stderr
+    assert log == SETTING_UP
+    _, done = play(tmp_path, ["ACTIVE", *["failing"] * 10], [])
+    assert done.returncode == 1
+    assert "no network, 10 times in a row; the pod may still be there" in done.stderr
 
 
 def test_a_training_that_failed_is_not_repeated(tmp_path):

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llm_jax.metrics.throughput import PEAK_FLOPS, mfu, peak_flops, transformer_flops
+from llm_jax.models import gpt
 
 SHAPE = {
     "num_layers": 3,
@@ -69,9 +71,37 @@ def test_causal_half_halves_attention_only():
     assert transformer_flops(**double) == full
 
 
+@pytest.mark.parametrize("window", [1, 2, 7, 31])
+def test_a_window_counts_the_keys_that_queries_see(window):
+    places = np.arange(32)
+    distance = places[:, None] - places
+    visible = (distance >= 0) & (distance < window)
+    whole, half = (
+        transformer_flops(**SHAPE | {"causal_half": c}, attention_window=window)
+        for c in (False, True)
+    )
+    per_key = 3 * 3 * 4 * 8 * 16
+    assert transformer_flops(**SHAPE) - whole == per_key * (32 - window)
+    assert whole - half == pytest.approx(per_key * (window - visible.sum(1).mean()))
+
+
+@pytest.mark.parametrize("causal_half", [False, True])
+def test_a_window_that_hides_nothing_counts_as_none(causal_half):
+    shape = SHAPE | {"causal_half": causal_half}
+    for window in (32, 1000):
+        assert transformer_flops(**shape, attention_window=window) == transformer_flops(**shape)
+
+
+def test_a_model_gives_its_window():
+    config = gpt.Config(160, embed_dim=64, num_layers=3, num_heads=8, attention_window=4)
+    assert config.flops_sizes()["attention_window"] == 4
+    assert transformer_flops(**config.flops_sizes(), sequence_length=32, causal_half=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"attention_window": 0}, "attention_window = 0: must be at least 1"),
         ({"num_layers": 0}, "num_layers = 0: must be at least 1"),
         ({"num_kv_heads": 3}, "num_kv_heads = 3: must divide num_heads = 8"),
     ],

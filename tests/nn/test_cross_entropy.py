@@ -12,7 +12,7 @@ from flax import nnx
 from tiny import assert_trees_close, make_model, random_batch
 
 from llm_jax.core.types import Head
-from llm_jax.nn.losses import head_loss, logits_loss
+from llm_jax.nn.losses import head_loss, head_nats, logits_loss, token_loss
 from llm_jax.nn.precision import Precision
 from llm_jax.objectives import causal_lm
 from llm_jax.sharding.mesh import MeshConfig, make_mesh, make_rules
@@ -159,6 +159,30 @@ def test_the_loss_alone_on_a_mesh():
     with use_rules(rules):
         sums = jax.jit(function)(*inputs)
     assert_trees_close(sums, function(*inputs), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "length", "tokens_per_chunk"), [(TIED, T, None), (UNTIED, T, 50), (TIED, 23, 17)]
+)
+def test_nats_of_each_token_equal_those_of_logits(spec, length, tokens_per_chunk):
+    hidden, w, targets, _ = arrays(spec, length=length)
+    logits = Precision().einsum(spec, hidden, w, out_dtype=jnp.float32)
+    chunk_bytes = tokens_per_chunk and tokens_per_chunk * ROW
+    nats = jax.jit(functools.partial(head_nats, Precision(), chunk_bytes=chunk_bytes))
+    expected = token_loss(logits, targets).cross_entropy
+    np.testing.assert_allclose(nats(hidden, Head(w, spec), targets), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "expert": 4}], ids=str
+)
+def test_nats_of_each_token_on_a_mesh(sizes):
+    rules, (hidden, w, targets, _) = rules_of(sizes), arrays(UNTIED)
+    logits = Precision().einsum(UNTIED, hidden, w, out_dtype=jnp.float32)
+    nats = functools.partial(head_nats, Precision(), chunk_bytes=5 * ROW)
+    with use_rules(rules):
+        found = jax.jit(nats)(hidden, Head(w, UNTIED), targets)
+    np.testing.assert_allclose(found, token_loss(logits, targets).cross_entropy, atol=2e-5)
 
 
 @pytest.mark.parametrize("rules", ["sequence", "zero1"])

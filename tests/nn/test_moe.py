@@ -326,6 +326,30 @@ def test_grouped_matmul(sizes, wide):
     close(out, np.einsum("me,md,mf->edf", own, rows[:used], g[:used]))
 
 
+@pytest.mark.parametrize("sizes", [[0, 1, 0, 2], [1, 1, 1, 0], [5, 0, 6, 0], [0, 0, 0, 0]])
+def test_few_rows(sizes):
+    """Fewer than a block, as in decoding, and no multiple of eight."""
+    num_rows, used = 11, sum(sizes)
+    rng = np.random.default_rng(0)
+    shapes = ((num_rows, 8), (num_rows, 12), (4, 8, 12))
+    rows, g, w = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    expert = np.repeat(np.arange(4), sizes)
+    out = jax.jit(functools.partial(grouped_matmul, Precision()))(rows, w, jnp.array(sizes))
+    close(out[:used], np.einsum("md,mdf->mf", rows[:used], w[expert]))
+    out = jax.jit(functools.partial(grouped_gradient, Precision()))(rows, g, jnp.array(sizes))
+    own = np.eye(4, dtype=np.float32)[expert]
+    close(out, np.einsum("me,md,mf->edf", own, rows[:used], g[:used]))
+
+
+def test_few_rows_make_a_small_block():
+    shapes = [(11, 8), (4, 8, 12), (4,)]
+    specs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes[:2]]
+    specs.append(jax.ShapeDtypeStruct(shapes[2], jnp.int32))
+    text = jax.jit(functools.partial(grouped_matmul, Precision())).lower(*specs).as_text()
+    assert "tensor<16x8xf32>" in text
+    assert "tensor<128x8xf32>" not in text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

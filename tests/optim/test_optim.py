@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 from tiny import FAMILIES, assert_trees_close, make_model
 
+from llm_jax.nn.moe import MoeConfig
 from llm_jax.optim.make import OptimizerConfig, is_decayed, make_optimizer, muon_dimensions
 from llm_jax.optim.schedule import ScheduleConfig, make_schedule
 from llm_jax.sharding.rules import logical_axes, path_name
@@ -36,6 +37,15 @@ def test_muon_takes_matrices_of_the_stack():
     assert (out.reduction_axis, out.output_axis) == ((1, 2), (3,))
     down = dims["stack.layers.mlp.down"]
     assert (down.reduction_axis, down.output_axis) == ((1,), (2,))
+
+
+def test_muon_takes_every_expert_as_a_matrix():
+    experts = MoeConfig(num_experts=4, mlp_dim=16)
+    dims = leaves(muon_dimensions, axes_of(experts=experts))
+    up, down = (dims[f"stack.layers.mlp.{name}"] for name in ("up", "down"))  # [L, E, D, F]
+    assert (up.reduction_axis, up.output_axis) == ((2,), (3,))
+    assert (down.reduction_axis, down.output_axis) == ((2,), (3,))
+    assert dims["stack.layers.mlp.router"] is None
 
 
 def test_muon_update_is_nearly_orthogonal_per_layer():

@@ -1,6 +1,8 @@
 """Who a process is, from what launchers set; and how the processes of a job find each other."""
 
 import concurrent.futures
+import contextlib
+import importlib.util
 import re
 import socket
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import pytest
 
 from llm_jax.core.flags import RunError
+from llm_jax.sharding import distributed, xla_flags
 from llm_jax.sharding.coordinator import Meeting, MeetingError, meet
 from llm_jax.sharding.distributed import Process, find_process, start_distributed
 
@@ -27,6 +30,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
 }
+GPUS = {"JAX_PLATFORMS": "cuda,cpu"}
 GKE = {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "j-0.svc,j-1.svc,j-2.svc,j-3.svc"}
 
 
@@ -50,19 +54,27 @@ GKE = {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "j-0.svc,j-1.svc,j-2.svc,j-
         ),
         pytest.param(SLURM, Process("node003:62055", 4, 3), id="slurm on CPUs"),
         pytest.param(
-            {**SLURM, "SLURM_GPUS_ON_NODE": "2"}, Process("node003:62055", 4, 3, (1,)),
+            {**SLURM, **GPUS, "SLURM_GPUS_ON_NODE": "2"}, Process("node003:62055", 4, 3, (1,)),
             id="slurm, a task for each GPU",
         ),
         pytest.param(
-            {**SLURM, "SLURM_GPUS_ON_NODE": "8"}, Process("node003:62055", 4, 3, (4, 5, 6, 7)),
-            id="slurm, a task for four GPUs",
+            {**SLURM, **GPUS, "SLURM_GPUS_ON_NODE": "8"},
+            Process("node003:62055", 4, 3, (4, 5, 6, 7)), id="slurm, a task for four GPUs",
         ),
         pytest.param(
-            {**SLURM, "SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "1"},
+            {**SLURM, **GPUS, "SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "1"},
             Process("node003:62055", 4, 3), id="slurm shows each task its own GPU",
         ),
         pytest.param(
-            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_GPUS_ON_NODE": "8"},
+            {**SLURM, **GPUS, "SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1"},
+            Process("node003:62055", 4, 3), id="slurm shows each task its own two GPUs",
+        ),
+        pytest.param(
+            {**SLURM, "SLURM_GPUS_ON_NODE": "3"}, Process("node003:62055", 4, 3),
+            id="GPUs that jax does not use need no shares",
+        ),
+        pytest.param(
+            {**SLURM, **GPUS, "SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_GPUS_ON_NODE": "8"},
             Process("node003:62055", 4, 3), id="slurm, a task for each host",
         ),
         pytest.param({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None, id="a shell of salloc"),
@@ -71,9 +83,17 @@ GKE = {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "j-0.svc,j-1.svc,j-2.svc,j-
             Process("10.96.0.1:62624", 2, 1), id="open mpi 4",
         ),
         pytest.param(
-            {**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "10.0.0.1:99", "CUDA_VISIBLE_DEVICES": "0,1"},
+            {
+                **OPEN_MPI, **GPUS, "JAX_COORDINATOR_ADDRESS": "10.0.0.1:99",
+                "CUDA_VISIBLE_DEVICES": "0,1",
+            },
             Process("10.0.0.1:99", 2, 1, (1,)), id="open mpi 5",
         ),
+        pytest.param(
+            {name: SLURM[name] for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")}, None,
+            id="a step of slurm that is over",
+        ),
+        pytest.param({"OMPI_COMM_WORLD_SIZE": "2"}, None, id="open mpi without a rank"),
         pytest.param(GKE, Process("j-0.svc:8482", 4, 2), id="one slice on GKE"),
         pytest.param(
             {
@@ -116,6 +136,8 @@ def test_what_launchers_set_says_who_a_process_is(environment, expected, monkeyp
             },
             "JAX_COORDINATOR_ADDRESS=host: expected host:port",
         ),
+        ({**SLURM, "JAX_COORDINATOR_PORT": "http"}, "JAX_COORDINATOR_PORT=http: expected a port"),
+        ({**SLURM, **GPUS, "SLURM_GPUS_ON_NODE": "5"}, "5 GPUs for 2 tasks on a host: expected"),
         (OPEN_MPI, "add `-x JAX_COORDINATOR_ADDRESS=HOST:PORT` to mpirun"),
     ],
 )
@@ -125,6 +147,41 @@ def test_contradictions_are_told_in_one_line(environment, message, monkeypatch):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         find_process()
     assert "\n" not in str(caught.value)
+
+
+def test_gpus_that_no_variable_counts_are_counted_by_their_devices(tmp_path, monkeypatch):
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(distributed, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    address = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:99"}
+    for name, value in {**OPEN_MPI, **GPUS, **address}.items():
+        monkeypatch.setenv(name, value)
+    assert find_process() == Process("10.0.0.1:99", 2, 1, (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("device", "plugins", "given", "expected"),
+    [
+        (None, ("libtpu",), None, "cpu"),
+        ("nvidia0", ("libtpu", "jax_cuda13_plugin"), None, "cuda,cpu"),
+        ("kfd", ("libtpu", "jax_rocm7_plugin"), None, "rocm,cpu"),
+        ("accel0", ("libtpu",), None, None),
+        (None, (), None, None),
+        (None, ("libtpu",), "", ""),
+    ],
+)
+def test_a_machine_without_a_tpu_is_not_searched_for_one(
+    device, plugins, given, expected, tmp_path, monkeypatch
+):
+    if device:
+        (tmp_path / device).touch()
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if name in plugins else None
+    )
+    environment = {} if given is None else {"JAX_PLATFORMS": given}
+    xla_flags.apply(environment=environment, devices=tmp_path)
+    assert environment.get("JAX_PLATFORMS") == expected
 
 
 def gather(guests, count, timeout=10.0):
@@ -229,6 +286,55 @@ def test_a_port_that_cannot_be_had_is_told_with_the_reason(monkeypatch):
         "the coordinator at 127.0.0.1:1234 cannot listen on 192.0.2.1:1234: "
         "cannot assign requested address"
     )
+
+
+def explicit(monkeypatch, address, index):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", str(index))
+
+
+def test_a_coordinator_of_this_host_alone_cannot_be_reached_from_others(monkeypatch):
+    port = free_port()
+    explicit(monkeypatch, f"127.0.0.1:{port}", 0)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        start = pool.submit(start_distributed, timeout=3.0)
+        listening = None
+        while listening is None and not start.done():
+            with contextlib.suppress(OSError):
+                listening = socket.create_connection(("127.0.0.1", port))
+        with listening, pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port)).close()
+        assert "process 1 of 2 did not come" in str(start.exception())
+    assert distributed._bind_address("localhost:1") == "localhost:1"
+    assert distributed._bind_address("[::1]:1") == "[::1]:1"
+    assert distributed._bind_address("127.example.com:1") == "[::]:1"
+
+
+def test_missing_peers_name_who_counts_on_them(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "127.0.0.1")
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", str(free_port()))
+    with pytest.raises(RunError) as caught:
+        start_distributed(timeout=1.0)
+    assert str(caught.value).endswith(
+        "; Slurm says this is task 3 of 4 (SLURM_STEP_NUM_TASKS); unset it to run alone"
+    )
+
+
+def test_a_coordinator_that_waits_for_its_port_ends_with_process_0():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "llm_jax.sharding.coordinator", "--count=2"]
+        command += ["--bind", f"127.0.0.1:{taken.getsockname()[1]}", "--timeout=60"]
+        coordinator = subprocess.Popen(
+            [*command, "--heartbeat=60", "--linger=60"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert coordinator.stdout.readline() == b"busy\n"
+        coordinator.stdin.close()
+        assert coordinator.wait(timeout=10) == 1
+        coordinator.stdout.close()
 
 
 def test_the_coordinator_leaves_when_process_0_dies_before_the_others_came():

@@ -100,6 +100,14 @@ def test_circular_pipelines(stages, rounds):
     assert_trees_close(grads, expected, atol=1e-5)
 
 
+def test_accumulating_copies_balance_their_experts_together():
+    sizes = {"data": 2, "expert": 2}
+    grads, sums = loss_and_gradients(sizes, FAMILIES["experts"], accumulate_steps=2)
+    expected, expected_sums = loss_and_gradients({}, FAMILIES["experts"], accumulate_steps=2)
+    assert sums == pytest.approx(expected_sums, abs=1e-5)
+    assert_trees_close(grads, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 @pytest.mark.parametrize("rules", ["default", "zero1"])
 def test_accumulated_gradients(sizes, rules):

@@ -200,6 +200,27 @@ def test_a_process_that_fails_says_so_and_the_others_name_it(script):
     assert "Traceback" not in job.text()
 
 
+def test_the_others_wait_for_one_that_takes_longer_to_end(script):
+    """As process 0 does, which reports and evaluates after the last step."""
+    job = script(2, """
+        if index == 0:
+            import atexit
+            atexit.register(time.sleep, 8)  # before jax's own end
+    """)  # fmt: skip
+    assert job.finish(40) == [0, 0], job.text()
+    assert "Terminating process" not in job.text()
+
+
+def test_one_that_is_done_still_misses_another_that_is_lost(script):
+    job = script(2, """
+        if index == 1:
+            time.sleep(2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)  # fmt: skip
+    assert job.finish(30) == [PEER_LOST, -signal.SIGKILL], job.text()
+    assert "process 1 (host" in job.outputs[0].read_text()
+
+
 def test_an_error_that_a_lost_process_caused_names_that_process(script):
     """As when a checkpoint cannot be written because its collective has lost a member."""
     job = script(2, """

@@ -135,22 +135,6 @@ def test_what_does_not_divide_is_named(sections, sizes, message):
         build_program(run_config(**sections), mesh_of(sizes))
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            {"data": 3},
-            "mesh data 3 does not divide over 8 devices: the nearest that works is data=4|data=2",
-        ),
-        ({"data": -1, "fsdp": -1}, "data and fsdp are all -1"),
-        ({"tensor": 0}, "mesh.tensor = 0"),
-    ],
-)
-def test_impossible_meshes(config, message):
-    with pytest.raises(ValueError, match=message):
-        make_mesh(MeshConfig(**config))
-
-
 def test_rows_of_one_process():
     share = row_share(build_program(run_config(), mesh_of({"data": 4})).rules, 8)
     assert dataclasses.astuple(share) == (0, 1)

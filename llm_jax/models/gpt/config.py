@@ -17,7 +17,7 @@ from llm_jax.nn.transformer import TransformerConfig
 class Config:
     """A causal decoder. The defaults are Llama's choices; GPT-2's are in configs/gpt2_124m.py.
 
-    experts: a mixture of experts (nn/moe.py) in place of the MLP; mlp_dim and gated are then its own.
+    experts: a mixture of experts (nn/moe.py) in place of the MLP; mlp_dim, activation and gated are then its own.
     attention_window: positions a query sees, its own included (Mistral); None: all before it.
     attention_soft_cap: scores become cap * tanh(scores / cap) (Gemma 2).
     scan_unroll: layers computed in one turn of the loop over layers. More compile longer and, on CPU,
@@ -70,9 +70,11 @@ class Config:
                     "set head_dim, or choose a divisor"
                 )
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+        if self.experts is not None:
+            self._check_experts()
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
-        if self.mlp_dim is None:
+        if self.mlp_dim is None and self.experts is None:
             wanted = self.embed_dim * 8 / 3 if self.gated else self.embed_dim * 4
             object.__setattr__(self, "mlp_dim", 64 * -(-int(wanted) // 64))
         if self.position == "rotary" and self.head_dim % 2:
@@ -80,6 +82,16 @@ class Config:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
         self.transformer()  # its own checks, at parse time
+
+    def _check_experts(self) -> None:
+        for name, default in (("mlp_dim", None), ("activation", "silu"), ("gated", True)):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} has no effect on a mixture of experts: set "
+                    f"model.experts.{name}, and leave model.{name} at {default!r}"
+                )
+        if self.mlp_bias:
+            raise ValueError("mlp_bias True: experts have no biases; leave it False")
 
     def transformer(self) -> TransformerConfig:
         norm = NormConfig(self.norm, self.norm_epsilon, self.norm_bias)
@@ -107,10 +119,10 @@ class Config:
             scan_unroll=self.scan_unroll,
         )
 
-    def flops_sizes(self) -> dict[str, int | bool]:
+    def flops_sizes(self) -> dict[str, int | bool | None]:
         """The sizes that `metrics.throughput.transformer_flops` counts matmuls by."""
         names = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
-                 "gated", "vocab_size")  # fmt: skip
+                 "gated", "vocab_size", "attention_window")  # fmt: skip
         sizes = {name: getattr(self, name) for name in names}
         if self.experts is not None:
             sizes |= {"mlp_dim": self.experts.active_dim, "gated": self.experts.gated}

@@ -304,7 +304,9 @@ def architecture_for(config: Config) -> Architecture:
     name = min(obstacles, key=lambda name: len(obstacles[name]))
     if obstacles[name]:
         wrong = " and ".join(
-            f"model.{field} = {getattr(config, field)!r} (it takes {value!r})"
+            f"model.{field}"
+            + ("" if field == "experts" else f" = {getattr(config, field)!r}")
+            + f" (it takes {value!r})"
             for field, value in obstacles[name].items()
         )
         raise ConfigError(

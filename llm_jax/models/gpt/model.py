@@ -13,7 +13,7 @@ from llm_jax.nn.moe import router_loss, router_metrics
 from llm_jax.nn.norm import Norm
 from llm_jax.nn.precision import Precision
 from llm_jax.nn.transformer import Stack, dropout
-from llm_jax.sharding.rules import constrain
+from llm_jax.sharding.rules import active_rules, constrain, sum_over_copies
 
 
 class GPT(nnx.Module):
@@ -49,6 +49,9 @@ class GPT(nnx.Module):
                 f"sequence length {tokens.shape[1]} exceeds the model's max_length "
                 f"{self.config.max_length}"
             )
+        rules = active_rules()
+        if rules is not None and rules.shares("length") > 1 and "positions" not in batch:
+            raise ValueError("a batch in shares of the sequence needs positions: see length_order")
         places = Places.of(tokens, batch.get("segment_ids"), batch.get("positions"))
         keys = jax.random.split(key) if train and key is not None else (None, None)
         # Gathered whole over "fsdp" before the lookup, as any other weight: else the lookup would
@@ -66,8 +69,9 @@ class GPT(nnx.Module):
         logits = self._logits(x, head)
         aux_loss, metrics = 0.0, {}
         if out.router is not None:
-            moe = self.config.transformer().mlp
-            aux_loss, metrics = router_loss(moe, out.router), router_metrics(out.router)
+            router = sum_over_copies(out.router)
+            aux_loss = router_loss(self.config.experts, router)
+            metrics = router_metrics(router)
         return ModelOutput(
             logits, x, head, out.cache, aux_loss=aux_loss, metrics=metrics, captured=out.captured
         )

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from llm_jax.nn.precision import Precision
 
 # Smaller blocks read the weights more often, larger ones waste rows at each expert's end; 64 to 256
-# differ by under a tenth on a CPU of two cores.
+# differ by under a tenth on a CPU of two cores. Fewer rows than a block, as in decoding, make a smaller
+# one: each expert that has a row multiplies a whole block.
 _BLOCK = 128
 
 # Rows, and the width and height of the tile of a weight's gradient: its sums, its output twice, and
@@ -113,46 +114,52 @@ def _pallas_gradient(rows, gradient, sizes, *, interpret=False):
     return tgmm(rows.T, gradient, sizes, jnp.float32, tiling, interpret=interpret)
 
 
-def _blocks(sizes: jax.Array, num_rows: int) -> tuple[jax.Array, ...]:
+def _block_rows(num_rows: int) -> int:
+    return min(_BLOCK, 8 * -(-num_rows // 8))
+
+
+def _blocks(sizes: jax.Array, num_rows: int, block: int) -> tuple[jax.Array, ...]:
     """Of each block its expert, first row and the end of its expert's rows; and how many there are."""
     ends = jnp.cumsum(sizes)
-    counts = -(-sizes // _BLOCK)
+    counts = -(-sizes // block)
     block_ends = jnp.cumsum(counts)
-    index = jnp.arange(num_rows // _BLOCK + sizes.shape[0], dtype=sizes.dtype)
+    index = jnp.arange(num_rows // block + sizes.shape[0], dtype=sizes.dtype)
     expert = jnp.minimum(jnp.searchsorted(block_ends, index, side="right"), sizes.shape[0] - 1)
     within = index - (block_ends - counts)[expert]
-    return expert, (ends - sizes)[expert] + _BLOCK * within, ends[expert], block_ends[-1]
+    return expert, (ends - sizes)[expert] + block * within, ends[expert], block_ends[-1]
 
 
-def _padded(x: jax.Array) -> jax.Array:
+def _padded(x: jax.Array, block: int) -> jax.Array:
     """So that a block that starts at the last row stays inside."""
-    return jnp.pad(x, ((0, _BLOCK), (0, 0)))
+    return jnp.pad(x, ((0, block), (0, 0)))
 
 
 def _block_product(precision, transposed, rows, weights, sizes):
     num_rows = rows.shape[0]
-    expert, start, _, count = _blocks(sizes, num_rows)
+    size = _block_rows(num_rows)
+    expert, start, _, count = _blocks(sizes, num_rows, size)
     spec = "sf,df->sd" if transposed else "sd,df->sf"
-    padded = _padded(precision.cast(rows))
+    padded = _padded(precision.cast(rows), size)
     width = weights.shape[1 if transposed else 2]
 
     def body(i, out):
-        block = jax.lax.dynamic_slice_in_dim(padded, start[i], _BLOCK)
+        block = jax.lax.dynamic_slice_in_dim(padded, start[i], size)
         y = precision.einsum(spec, block, weights[expert[i]])
         return jax.lax.dynamic_update_slice_in_dim(out, y, start[i], 0)
 
-    out = jnp.zeros((num_rows + _BLOCK, width), precision.dtype)
+    out = jnp.zeros((num_rows + size, width), precision.dtype)
     return jax.lax.fori_loop(0, count, body, out)[:num_rows]
 
 
 def _block_gradient(precision, rows, gradient, sizes):
-    expert, start, end, count = _blocks(sizes, rows.shape[0])
-    rows, gradient = _padded(precision.cast(rows)), _padded(precision.cast(gradient))
+    size = _block_rows(rows.shape[0])
+    expert, start, end, count = _blocks(sizes, rows.shape[0], size)
+    rows, gradient = (_padded(precision.cast(x), size) for x in (rows, gradient))
 
     def body(i, dw):
-        own = start[i] + jnp.arange(_BLOCK) < end[i]
-        x = jax.lax.dynamic_slice_in_dim(rows, start[i], _BLOCK)
-        g = jax.lax.dynamic_slice_in_dim(gradient, start[i], _BLOCK)
+        own = start[i] + jnp.arange(size) < end[i]
+        x = jax.lax.dynamic_slice_in_dim(rows, start[i], size)
+        g = jax.lax.dynamic_slice_in_dim(gradient, start[i], size)
         x = jnp.where(own[:, None], x, 0)
         product = precision.einsum("sd,sf->df", x, g, out_dtype=jnp.float32)
         return dw.at[expert[i]].add(product)
