@@ -14,7 +14,7 @@ train: $(VENV)/.train
 	$(BIN)/python -m llm_jax.train --config configs/gpt_tiny.py --workdir $(WORKDIR)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -7,6 +7,7 @@ from rich.console import Console
 from llm_jax.checkpoint.load import load_model
 from llm_jax.core import flags
 from llm_jax.evals.conclude import evaluate, show
+from llm_jax.sharding import xla_flags
 from llm_jax.sharding.distributed import start_distributed
 from llm_jax.sharding.mesh import MeshConfig, make_mesh, make_rules
 from llm_jax.sharding.rules import AxisRules
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--batch_size", type=int, help="windows at a time; default: as in training")
     arguments = flags.parse(parser)
+    xla_flags.apply()
     start_distributed()
     loaded = load_model(arguments.workdir, arguments.step, rules=rules_for)
     rules = rules_for(loaded.run)
