@@ -24,6 +24,7 @@ Platform = Literal["tpu", "gpu", "cpu"]
 _XLA_GUIDE = "openxla.org/xla/flags_guidance"
 _MAXTEXT = "AI-Hypercomputer/maxtext: benchmarks/xla_flags_library.py"
 _NVIDIA = "docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance"
+_MEASURED = "docs/benchmarks.md, Pods"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,13 @@ FLAGS: dict[Platform, tuple[Flag, ...]] = {
             "true",
             "tokens on their way to experts travel beside computation",
             _XLA_GUIDE,
+        ),
+        Flag(
+            "xla_jf_spmd_threshold_for_windowed_einsum_mib",
+            "1000000",
+            "weights are gathered whole: gathering them in pieces between pieces of the product takes "
+            "more than twice the time on 16 chips",
+            _MEASURED,
         ),
     ),
     "gpu": (
