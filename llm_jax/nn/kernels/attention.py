@@ -24,10 +24,10 @@ from llm_jax.nn.precision import Precision
 
 __all__ = ["AttentionSpec", "Kernel", "Layout", "attention", "choose", "layout"]
 
-# From which length blocks beat the whole square, forward and backward. On 2 CPU cores with 8 heads of
-# 64: as fast at 64 positions, 1.3 times at 128, 1.5 at 256, 2 to 4 at 512, 4 to 9 from 1024 on. On
+# From which length blocks beat the whole square in a training step. On 2 CPU cores (bench.train_step's
+# model): float32 1.03 times at 256; bfloat16 0.9 times at 256 and 512, 1.4 to 1.5 times at 1024. On
 # accelerators, where it stands in for other kernels only: two of its blocks.
-BLOCKWISE_FROM = {"cpu": 128}
+BLOCKWISE_FROM = {("cpu", "float32"): 256}
 BLOCKWISE_FROM_ELSEWHERE = 1024
 # The fastest first.
 _KERNELS = ("splash", "cudnn", "blockwise", "reference")
@@ -69,7 +69,7 @@ def choose(
         "cudnn": _cudnn_obstacle(platform, spec, length, head_dim, compute_dtype, context_shares),
     }
     possible = [name for name in _KERNELS if obstacles.get(name) is None]
-    if length < BLOCKWISE_FROM.get(platform, BLOCKWISE_FROM_ELSEWHERE):
+    if length < BLOCKWISE_FROM.get((platform, compute_dtype), BLOCKWISE_FROM_ELSEWHERE):
         possible.sort(key=lambda name: name == "blockwise")
     if kernel == "auto":
         return possible[0]
