@@ -19,7 +19,12 @@ LENGTH, ROWS = 32, 16
 MODEL = {"num_layers": 4, "num_kv_heads": 2, "qk_norm": True}
 FAMILIES = {"dense": {}, "experts": {"experts": {"num_experts": 4, "mlp_dim": 32}}}
 ALONE = [{axis: 8 if axis in ("data", "fsdp", "expert") else 2} for axis in AXES]
-PAIRS = [{a: 2, b: 2} for a, b in itertools.combinations(AXES, 2)]
+# Eight devices each: the first of these that is in a pair gets four.
+WIDE = ("data", "fsdp", "expert", "context", "pipeline")
+PAIRS = [
+    {a: 2, b: 2} | {next(axis for axis in WIDE if axis in (a, b)): 4}
+    for a, b in itertools.combinations(AXES, 2)
+]
 FOUR = {"fsdp": 2, "context": 2, "tensor": 2, "pipeline": 2}
 FOUR_OF_EXPERTS = {"data": 2, "fsdp": 2, "expert": 2, "tensor": 2}
 
