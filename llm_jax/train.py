@@ -18,15 +18,14 @@ from llm_jax.data.pipeline import Loader, make_loader
 from llm_jax.data.prepare import Prepared, prepare
 from llm_jax.data.progress import Silent, make_progress
 from llm_jax.evals.conclude import conclude
-from llm_jax.metrics.throughput import peak_flops
 from llm_jax.metrics.writer import MetricWriter
-from llm_jax.nn.pipeline import bubble, count_microbatches
 from llm_jax.sharding import xla_flags
 from llm_jax.sharding.distributed import start_distributed
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.sharding.place import row_share
-from llm_jax.training.config import RunConfig, changes_since, check_vocabulary, describe, resolve
+from llm_jax.training.config import RunConfig, changes_since, check_vocabulary, resolve
 from llm_jax.training.guard import EXIT_STATUS, lock_workdir, on_first_process
+from llm_jax.training.introduce import introduce
 from llm_jax.training.loop import Loop
 from llm_jax.training.peers import watching
 from llm_jax.training.program import Program, build_program
@@ -34,23 +33,36 @@ from llm_jax.training.state import TrainState
 
 
 def main() -> None:
-    arguments = flags.parse(flags.make_parser("train", __doc__.splitlines()[0], config=True))
+    parser = flags.make_parser("train", __doc__.splitlines()[0], config=True)
+    parser.add_argument("--explain_step", action="store_true",
+                        help="first print memory, time and communication of the step on these devices")  # fmt: skip
+    arguments = flags.parse(parser)
     run = resolve(load_with_data(arguments.config, arguments.overrides, arguments.data))
     xla_flags.apply()
     start_distributed(peer_timeout=run.train.peer_timeout)
     workdir = arguments.workdir
     with watching(run.train.peer_timeout, workdir / "checkpoints"), lock_workdir(workdir):
-        stopped_by = train(run, workdir, title=Path(arguments.config).stem)
+        try:
+            title = Path(arguments.config).stem
+            stopped_by = train(run, workdir, title, explain=arguments.explain_step)
+        except jax.errors.JaxRuntimeError as error:
+            from llm_jax.planner.explain import out_of_memory
+
+            raise out_of_memory(error, run) or error from None
     if stopped_by:
         sys.exit(EXIT_STATUS.get(stopped_by, 1))
 
 
-def train(run: RunConfig, workdir: Path, title: str) -> str | None:
+def train(run: RunConfig, workdir: Path, title: str, *, explain: bool = False) -> str | None:
     """Runs the experiment to its end, from its newest checkpoint. Returns the signal that ended it."""
     first = jax.process_index() == 0
     say = functools.partial(print, flush=True) if first else lambda _: None
     program = build_program(run, make_mesh(run.mesh))
     introduce(run, program, say)
+    if explain and first:
+        from llm_jax.planner.explain import show_step
+
+        show_step(program, run)
     prepared = prepare_together(run, workdir)
     for line in prepared.lines():
         say(line)
@@ -87,21 +99,6 @@ def train(run: RunConfig, workdir: Path, title: str) -> str | None:
     model, step = program.model(outcome.state), int(outcome.state.step)
     conclude(model, prepared, run, program.rules, workdir, title=title, step=step, epochs=epochs)
     return None
-
-
-def introduce(run: RunConfig, program: Program, say: Callable[[str], None]) -> None:
-    """Says what is about to run, and on what."""
-    say(describe(run))
-    sizes = [f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1]
-    shape = " x ".join(sizes) or "of one device"
-    kind = jax.devices()[0].device_kind
-    if program.mesh.shape["pipeline"] > 1:
-        rules = program.rules
-        micro = count_microbatches(rules, run.model.num_layers, run.train.microbatch_size)
-        shape += f" (a stage waits {bubble(rules, micro):.1%} of the time)"
-    say(f"{program.num_params:,} parameters on {jax.device_count()} {kind}, mesh {shape}")
-    if peak_flops(kind) is None:
-        say(f"no peak FLOP/s known for {kind!r}: MFU is not reported")
 
 
 def open_loader(

@@ -15,8 +15,14 @@ class RunError(RuntimeError):
     """Something went wrong in a run that the user can act on; the message is one line."""
 
 
-def make_parser(module: str, description: str, *, config: bool) -> argparse.ArgumentParser:
-    """A parser with --workdir, and --config and --data for entries that read a config file."""
+def make_parser(
+    module: str, description: str, *, config: bool, workdir: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with --workdir, and --config and --data for entries that read a config file.
+
+    Args:
+      workdir: whether there is a run to work on; without one there are neither --workdir nor --data.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m llm_jax.{module}",
         description=description,
@@ -26,8 +32,10 @@ def make_parser(module: str, description: str, *, config: bool) -> argparse.Argu
     if config:
         parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]",
                             help="experiment, e.g. configs/gpt_tiny.py")  # fmt: skip
+    if config and workdir:
         parser.add_argument("--data", metavar="PATH_OR_ID", help="own text: a file, a folder, a glob, tfds:NAME, hf:ID or gs://...")  # fmt: skip
-    parser.add_argument("--workdir", required=True, type=Path, help="where the run lives")
+    if workdir:
+        parser.add_argument("--workdir", required=True, type=Path, help="where the run lives")
     return parser
 
 

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from llm_jax.checkpoint.load import load_model
 from llm_jax.core.config import component
 from llm_jax.core.flags import make_parser, parse, run_entry
+from llm_jax.sharding import xla_flags
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
 
 
@@ -17,6 +18,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="the folder to write")
     parser.add_argument("--step", type=int, help="of the checkpoint; the newest by default")
     arguments = parse(parser)
+    xla_flags.apply()
     exporter = component("export", arguments.format).make()
     loaded = load_model(
         arguments.workdir, arguments.step, mesh=_host_mesh(), compute_dtype="float32"

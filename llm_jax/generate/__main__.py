@@ -12,12 +12,14 @@ from llm_jax.core.config import ConfigError
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.generate.show import Printer
+from llm_jax.sharding import xla_flags
 
 NUM_ALTERNATIVES = 5
 
 
 def main() -> None:
     arguments = flags.parse(parser())
+    xla_flags.apply()
     config = SamplingConfig(
         temperature=arguments.temperature,
         top_k=arguments.top_k,

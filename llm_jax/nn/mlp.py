@@ -56,10 +56,12 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         config, p = self.config, self.precision
-        h = p.project("btd,df->btf", x, self.up[...])
+        h = p.project("btd,df->btf", x, self.up[...], name="hidden")
         if config.bias:
             h = p.add_bias(h, self.up_bias[...])
-        gate = p.project("btd,df->btf", x, self.gate[...]) if config.gated else None
+        gate = None
+        if config.gated:
+            gate = p.project("btd,df->btf", x, self.gate[...], name="hidden")
         if config.bias and config.gated:
             gate = p.add_bias(gate, self.gate_bias[...])
         h = constrain(activate(config.activation, h, gate), "batch", "length", "mlp")

@@ -203,9 +203,11 @@ class Moe(nnx.Module):
         experts = {name: getattr(self, name)[...] for name in names}
         y, dropped = run_experts(layer, x, choices, weights, experts)
         if config.shared_dim is not None:
-            y = y + self.shared(x)
+            with jax.named_scope("shared"):
+                y = y + self.shared(x)
         return y, dataclasses.replace(sums, dropped=dropped)
 
+    @jax.named_scope("router")
     def _route(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array, RouterSums]:
         """The experts of each token, [B, T, k] int32, their weights, [B, T, k] float32, and sums."""
         config = self.config

@@ -84,10 +84,16 @@ class Precision:
         out_dtype = self.dtype if out_dtype is None else jnp.dtype(out_dtype)
         return _einsum(spec, self, out_dtype, x, w)
 
-    def project(self, spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-        """`einsum` with the weights of a block, in `matmul_dtype` if there is one."""
-        # Named, since rematerialization cannot see the product inside a custom derivative.
-        return checkpoint_name(_project(spec, self, active_rules(), x, w), "projection")
+    def project(
+        self, spec: str, x: jax.Array, w: jax.Array, *, name: str = "projection"
+    ) -> jax.Array:
+        """`einsum` with the weights of a block, in `matmul_dtype` if there is one.
+
+        Args:
+          name: what rematerialization calls it: "projection", or "hidden" for a product as wide as
+            the MLP. It cannot see the product inside a custom derivative.
+        """
+        return checkpoint_name(_project(spec, self, active_rules(), x, w), name)
 
     def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """x: [B, T, ...] plus bias: [...], in the dtype of x."""

@@ -1,13 +1,14 @@
 """What the forward pass keeps for the backward pass, by name.
 
-| policy             | kept per layer                         | computed again          |
-|--------------------|----------------------------------------|-------------------------|
-| none               | everything                             | nothing                 |
-| dots_and_attention | products with weights, attention       | norms, activations      |
-| dots               | products with weights                  | attention too           |
-| attention          | the block's input, attention           | products with weights   |
-| full               | the block's input                      | everything              |
-| offload            | the block's input, in host memory      | everything              |
+| policy             | kept per layer                           | computed again           |
+|--------------------|------------------------------------------|--------------------------|
+| none               | everything                               | nothing                  |
+| dots_and_attention | products with weights, attention         | norms, activations       |
+| dots               | products with weights                    | attention too            |
+| narrow             | products as wide as the model, attention | the wide ones of the MLP |
+| attention          | the block's input, attention             | products with weights    |
+| full               | the block's input                        | everything               |
+| offload            | the block's input, in host memory        | everything               |
 
 The products of a mixture of experts count as "everything else": only "none" keeps them.
 """
@@ -18,7 +19,7 @@ from typing import Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-RematPolicy = Literal["none", "dots_and_attention", "dots", "attention", "full", "offload"]
+RematPolicy = Literal["none", "dots_and_attention", "dots", "narrow", "attention", "full", "offload"]
 
 _policies = jax.checkpoint_policies
 
@@ -31,11 +32,14 @@ def _keeps_attention(primitive, *_, **__) -> bool:
 _ATTENTION = _policies.save_from_both_policies(
     _policies.save_only_these_names("attention"), _keeps_attention
 )
-_DOTS = _policies.save_only_these_names("projection")
+_DOTS = _policies.save_only_these_names("projection", "hidden")
 _POLICIES = {
     "full": _policies.nothing_saveable,
     "dots": _DOTS,
     "dots_and_attention": _policies.save_from_both_policies(_DOTS, _ATTENTION),
+    "narrow": _policies.save_from_both_policies(
+        _policies.save_only_these_names("projection"), _ATTENTION
+    ),
     "attention": _ATTENTION,
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

@@ -74,6 +74,7 @@ class Block(nnx.Module):
         mlp = Moe if isinstance(config.mlp, MoeConfig) else Mlp
         self.mlp = mlp(config.embed_dim, config.mlp, **makers)
 
+    @jax.named_scope("layers")
     def __call__(
         self,
         x: jax.Array,
@@ -88,21 +89,26 @@ class Block(nnx.Module):
         """x: [B, T, D]; key: drops units when given."""
         keys = (None, None) if key is None else jax.random.split(key)
         x = name_input(x)
-        y, weights, cache = self.attention(
-            self.attention_norm(x),
-            sight,
-            rope=rope,
-            cache=cache,
-            layer=layer,
-            keep_weights="attention" in capture,
-        )
+        with jax.named_scope("attention_norm"):
+            y = self.attention_norm(x)
+        with jax.named_scope("attention"):
+            y, weights, cache = self.attention(
+                y,
+                sight,
+                rope=rope,
+                cache=cache,
+                layer=layer,
+                keep_weights="attention" in capture,
+            )
         x = x + dropout(y, self.config.dropout, keys[0])
         x = constrain(x, "batch", "residual_length", "activation_embed")
-        y, router = self.mlp_norm(x), None
-        if isinstance(self.mlp, Moe):
-            y, router = self.mlp(y, sight.queries.segment_ids > 0)
-        else:
-            y = self.mlp(y)
+        with jax.named_scope("mlp_norm"):
+            y, router = self.mlp_norm(x), None
+        with jax.named_scope("mlp"):
+            if isinstance(self.mlp, Moe):
+                y, router = self.mlp(y, sight.queries.segment_ids > 0)
+            else:
+                y = self.mlp(y)
         x = x + dropout(y, self.config.dropout, keys[1])
         x = constrain(x, "batch", "residual_length", "activation_embed")
         available = {"attention": weights, "residual": x}

@@ -48,10 +48,13 @@ class CausalLm:
         output = model(batch, train=train, key=key)
         targets, weights = batch["targets"], batch["loss_weights"]
         z_loss = self.config.z_loss if train else 0.0
-        if output.head is None:
-            sums = logits_loss(output.logits, targets, weights, z_loss)
-        else:
-            sums = head_loss(model.precision, output.hidden, output.head, targets, weights, z_loss)
+        with jax.named_scope("loss"):
+            if output.head is None:
+                sums = logits_loss(output.logits, targets, weights, z_loss)
+            else:
+                sums = head_loss(
+                    model.precision, output.hidden, output.head, targets, weights, z_loss
+                )
         weight = jnp.sum(weights)
         metrics = {
             "cross_entropy": Weighted(sums.cross_entropy_sum, weight),

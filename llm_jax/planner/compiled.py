@@ -85,7 +85,9 @@ class CompiledStep:
     per token, with all scores ("full") and with those a causal mask keeps ("causal"); empty where
     the family counts none. seconds: "lower", "compile". host_peak_bytes: of the compiling process.
     versions: "jax", "libtpu". hlo: the scheduled module's text, with cycles where it compiled.
-    buffer_assignment, live_ranges: the compiler's dumps, "" where it wrote none.
+    buffer_assignment, live_ranges: the compiler's dumps, "" where it wrote none. device_kind: jax's
+    name of the device; device_memory: bytes of one that a program can allocate, None where the
+    device does not say.
     """
 
     target: str
@@ -103,6 +105,8 @@ class CompiledStep:
     hlo: str = dataclasses.field(repr=False)
     buffer_assignment: str = dataclasses.field(repr=False)
     live_ranges: str = dataclasses.field(repr=False)
+    device_kind: str = ""
+    device_memory: int | None = None
 
     def save(self, folder: Path) -> None:
         """Writes step.json and the texts; step.json comes last and marks the folder as whole."""

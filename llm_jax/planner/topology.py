@@ -10,122 +10,89 @@ peak, links and slice shapes.
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib.metadata
 import math
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import jax
-from jax.sharding import Mesh
+from typing import TYPE_CHECKING, Any, Literal
 
 from llm_jax.core.config import ConfigError, nearest
-from llm_jax.sharding import mesh as sharding_mesh
-from llm_jax.sharding.mesh import MeshConfig
+from llm_jax.planner.chips import CHIPS, Chip
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+
+    from llm_jax.sharding.mesh import MeshConfig
 
 Shape = tuple[int, int, int]
 Wrap = tuple[bool, bool, bool]
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One generation. Rates and sizes are per chip, of which jax may see two devices.
-
-    hbm_bytes: what a program can allocate. clock_hz: peak over the FLOPs of one cycle (matrix arrays of
-    128 x 128: 4 on v5e, 8 on v5p; of 256 x 256: 4 on v6e, 8 on tpu7x); turns the compiler's cycles
-    into seconds. link_bytes_per_second: one direction of one link between neighbours: the published
-    bidirectional bandwidth of a chip over its links over 2. dimensions: of the torus.
-    largest: chips in the largest slice.
-    """
-
-    name: str
-    hbm_bytes: int
-    peak_flops: float
-    hbm_bytes_per_second: float
-    clock_hz: float
-    devices: int
-    dimensions: int
-    link_bytes_per_second: float
-    largest: int
-    chip_config_name: str
-
-
-_GIB = 2**30
-CHIPS: Mapping[str, Chip] = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", 16 * _GIB, 197e12, 0.81e12, 1.5e9, 1, 2, 50e9, 256, "default"),
-        Chip("v5p", 95 * _GIB, 459e12, 2.765e12, 1.75e9, 1, 3, 100e9, 6144, "megacore"),
-        Chip("v6e", 32 * _GIB, 918e12, 1.64e12, 1.75e9, 1, 2, 100e9, 256, "default"),
-        Chip("tpu7x", 192 * _GIB, 2307e12, 7.38e12, 2.2e9, 2, 3, 100e9, 9216, "default"),
-    )
-}
-
-# What libtpu asks a TPU host's metadata server for; there is none, and it would wait for it.
-_ENVIRONMENT = {
+# What libtpu asks a TPU host's metadata server for; there is none, and it would wait for it. Several
+# processes may compile at once, and none needs a log file.
+ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
-    """One or more equal slices. shape: chips of a slice along x, y, z; devices: of all slices."""
+class Slices:
+    """One or more equal slices. shape: chips of a slice along x, y, z."""
 
     name: str
     chip: Chip
     shape: Shape
     num_slices: int
     wrap: Wrap
-    devices: tuple[jax.Device, ...] = dataclasses.field(repr=False)
 
     @property
     def num_chips(self) -> int:
         return self.num_slices * math.prod(self.shape)
 
 
-def topology(name: str) -> Topology:
-    """The slices of a name; libtpu is loaded, no TPU is needed.
+@dataclasses.dataclass(frozen=True)
+class Topology(Slices):
+    """devices: of all slices."""
 
-    Args:
-      name: `v5p-128`, generation and number of CHIPS (Google's own names count cores on v5p), or a
-        shape of chips, `v5p:4x4x8`; `2xv5p:4x4x8` for two such slices. More chips than the largest
-        slice has are several of the largest: `v6e-512` is `2xv6e-256`. `/torus` or `/mesh` at the
-        end closes all dimensions to rings or none, whatever the hardware does.
+    devices: "tuple[jax.Device, ...]" = dataclasses.field(repr=False)
+
+
+def topology(name: str) -> Topology:
+    """The slices of a name, as `parse_slices` reads it; libtpu is loaded, no TPU is needed.
 
     Raises:
       ConfigError: no such generation or slice; names the nearest. Or libtpu is not installed.
     """
-    slices_name, _, links = name.partition("/")
-    if links not in ("", "torus", "mesh"):
-        raise ConfigError(f"topology {name!r}: {links!r} after / must be torus or mesh")
-    chip, shape, num_slices = parse_name(slices_name)
-    wrap = wrap_of(chip, shape)
-    if links:
-        wrap = tuple(links == "torus" and axis < chip.dimensions for axis in range(3))
-    dimensions = shape[: chip.dimensions]
+    slices = parse_slices(name)
+    chip, shape = slices.chip, slices.shape
     options = {
         "chip_config_name": chip.chip_config_name,
         "chips_per_host_bounds": tuple(min(a, b) for a, b in zip(shape, (2, 2, 1), strict=True)),
-        "wrap": wrap,
+        "wrap": slices.wrap,
     }
-    if num_slices > 1:
-        options["num_slices"] = num_slices
-    devices = _devices(f"{chip.name}:{'x'.join(map(str, dimensions))}", options)
-    return Topology(name, chip, shape, num_slices, wrap, devices)
+    if slices.num_slices > 1:
+        options["num_slices"] = slices.num_slices
+    devices = _devices(f"{chip.name}:{'x'.join(map(str, shape[: chip.dimensions]))}", options)
+    return Topology(**vars(slices), devices=devices)
 
 
-def make_mesh(config: MeshConfig, topology: Topology) -> Mesh:
+def make_mesh(config: "MeshConfig", topology: Topology) -> "Mesh":
     """The mesh that training makes on these slices.
 
     Raises:
       ValueError: the config's sizes do not multiply to the devices.
     """
-    return sharding_mesh.make_mesh(config, topology.devices)
+    from llm_jax.sharding.mesh import make_mesh
+
+    return make_mesh(config, topology.devices)
 
 
 def libtpu_version() -> str:
@@ -142,6 +109,79 @@ def libtpu_version() -> str:
         ) from None
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a plan is for. num_slices: of a TPU, or hosts of GPUs.
+
+    Of "local" nothing is known before jax has started: chip None, no chips. CompiledStep knows.
+    """
+
+    name: str
+    kind: Literal["tpu", "gpu", "local"]
+    chip: Chip | None
+    num_chips: int
+    num_slices: int
+
+    @property
+    def devices_per_chip(self) -> int:
+        return 1 if self.chip is None else self.chip.devices
+
+
+def parse_target(name: str) -> Target:
+    """What a plan can be for; neither jax nor libtpu is loaded.
+
+    Args:
+      name: slices of TPUs as `parse_slices` takes them; `local`, the devices of this machine;
+        `h100-8` for a host of eight GPUs, `2xh100-8` for two, of which `h100-16` is another name.
+
+    Raises:
+      ConfigError: nothing of that name; lists the known ones, the nearest first.
+    """
+    if name == "local":
+        return Target(name, "local", None, 0, 1)
+    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?:-(\d+))?", name)
+    chip = CHIPS.get(found[2]) if found else None
+    if chip is None or chip.kind != "gpu":
+        slices = parse_slices(name)
+        return Target(name, "tpu", slices.chip, slices.num_chips, slices.num_slices)
+    hosts, gpus = int(found[1] or 1), int(found[3] or 0)
+    more, rest = divmod(gpus, chip.largest)
+    if hosts < 1 or gpus < 1 or (more and rest):
+        whole = max(1, round(gpus / chip.largest)) * chip.largest
+        raise ConfigError(
+            f"topology {name!r}: expected GPUs of a host, 1 to {chip.largest}, or whole hosts; "
+            f"the nearest is {chip.name}-{whole}"
+        )
+    return Target(name, "gpu", chip, hosts * gpus, hosts * max(1, more))
+
+
+def parse_slices(name: str) -> Slices:
+    """What a name of slices means, without libtpu.
+
+    Args:
+      name: `v5p-128`, generation and number of CHIPS (Google's own names count cores on v5p), or a
+        shape of chips, `v5p:4x4x8`; `2xv5p:4x4x8` for two such slices. More chips than the largest
+        slice has are several of the largest: `v6e-512` is `2xv6e-256`. `/torus` or `/mesh` at the
+        end closes all dimensions to rings or none, whatever the hardware does.
+
+    Raises:
+      ConfigError: no such generation or slice; names the nearest.
+    """
+    slices_name, _, links = name.partition("/")
+    if links not in ("", "torus", "mesh"):
+        raise ConfigError(f"topology {name!r}: {links!r} after / must be torus or mesh")
+    chip, shape, num_slices = parse_name(slices_name)
+    wrap = wrap_of(chip, shape)
+    if links:
+        wrap = tuple(links == "torus" and axis < chip.dimensions for axis in range(3))
+    return Slices(name, chip, shape, num_slices, wrap)
+
+
+def _by_likeness(word: str) -> list[str]:
+    ratio = lambda known: difflib.SequenceMatcher(None, word.lower(), known).ratio()  # noqa: E731
+    return sorted((*CHIPS, "local"), key=ratio, reverse=True)
+
+
 def parse_name(name: str) -> tuple[Chip, Shape, int]:
     """Generation, shape of a slice in chips, slices.
 
@@ -151,16 +191,22 @@ def parse_name(name: str) -> tuple[Chip, Shape, int]:
     found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)(?:-(\d+)|:(\d+(?:x\d+)*))", name)
     if not found or found[1] == "0":
         raise ConfigError(
-            f"topology {name!r}: expected generation and chips, v5p-128, a shape, v5p:4x4x8, or "
-            "slices, 2xv6e-256"
+            f"topology {name!r}: expected generation and chips, v5p-128, a shape, v5p:4x4x8, "
+            "slices, 2xv6e-256, GPUs of a host, h100-8, or local; known, nearest first: "
+            f"{', '.join(_by_likeness(name))}"
         )
     slices, generation, chips, dimensions = found.groups()
-    if generation not in CHIPS:
+    chip = CHIPS.get(generation)
+    if chip is None:
         raise ConfigError(
-            f"topology {name!r}: unknown generation {generation!r}"
-            f"{nearest(generation, CHIPS)}; choices: {', '.join(CHIPS)}"
+            f"topology {name!r}: unknown generation {generation!r}{nearest(generation, CHIPS)}; "
+            f"nearest first: {', '.join(_by_likeness(generation))}"
         )
-    chip, slices = CHIPS[generation], int(slices or 1)
+    if chip.kind != "tpu":
+        raise ConfigError(
+            f"topology {name!r}: {generation} is no TPU; expected {chip.name}-{chip.largest}"
+        )
+    slices = int(slices or 1)
     if chips is None:
         return chip, _checked_shape(chip, dimensions, name), slices
     shape, more = _shape_of(chip, int(chips), name)
@@ -220,10 +266,10 @@ def _checked_shape(chip: Chip, dimensions: str, name: str) -> Shape:
     )
 
 
-def _devices(name: str, options: Mapping[str, Any]) -> tuple[jax.Device, ...]:
+def _devices(name: str, options: Mapping[str, Any]) -> "tuple[jax.Device, ...]":
     from jax.experimental import topologies
 
-    for variable, value in _ENVIRONMENT.items():
+    for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     libtpu_version()
     return tuple(topologies.get_topology_desc(name, "tpu", **options).devices)

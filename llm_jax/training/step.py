@@ -39,8 +39,9 @@ def train_step(
     )
     # Sums until here: dividing once by the whole weight makes microbatches equal one big batch.
     grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1.0), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     report = {name: value.mean for name, value in {"loss": loss, **metrics}.items()}
     report |= {
         "grad_norm": optax.global_norm(grads),

@@ -8,7 +8,7 @@ import pytest
 
 from llm_jax.core.config import ConfigError
 from llm_jax.planner import topology
-from llm_jax.planner.topology import CHIPS, parse_name, shapes, wrap_of
+from llm_jax.planner.topology import CHIPS, parse_name, parse_target, shapes, wrap_of
 
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
@@ -43,7 +43,9 @@ def test_names(name, shape, slices, wraps):
         ("v6e:4x4x4", "nearest is v6e:4x4"),
         ("v5p:8x4x4", "nearest is v5p:4x4x8"),
         ("v6-16", "did you mean 'v6e'"),
-        ("h100", "expected generation and chips"),
+        ("v9x-16", "nearest first: v"),
+        ("v5p", "expected generation and chips.*nearest first: v5p"),
+        ("h100-8", "h100 is no TPU"),
         ("0xv5p-4", "expected generation and chips"),
     ],
 )
@@ -54,7 +56,7 @@ def test_errors_are_one_line_and_name_what_works(name, says):
 
 
 def test_every_nearest_slice_can_be_asked_for():
-    for chip in CHIPS.values():
+    for chip in (chip for chip in CHIPS.values() if chip.kind == "tpu"):
         sizes = [math.prod(shape) for shape in shapes(chip)]
         assert sizes == sorted(sizes)
         assert max(sizes) <= chip.largest
@@ -62,6 +64,50 @@ def test_every_nearest_slice_can_be_asked_for():
             by_number = parse_name(f"{chip.name}-{math.prod(shape)}")[1]
             assert math.prod(by_number) == math.prod(shape)
             assert sum(by_number) <= sum(shape), "the most compact one of its size"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "chips", "slices"),
+    [
+        ("v5p:4x4x4", "tpu", 64, 1),
+        ("2xv6e-256/mesh", "tpu", 512, 2),
+        ("h100-8", "gpu", 8, 1),
+        ("l4-1", "gpu", 1, 1),
+        ("2xh100-8", "gpu", 16, 2),
+        ("h100-64", "gpu", 64, 8),
+        ("a100_40gb-4", "gpu", 4, 1),
+        ("local", "local", 0, 1),
+    ],
+)
+def test_targets(name, kind, chips, slices):
+    target = parse_target(name)
+    assert (target.name, target.kind, target.num_chips, target.num_slices) == (
+        name, kind, chips, slices,
+    )  # fmt: skip
+    assert (target.chip is None) == (name == "local")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("h100-12", "the nearest is h100-16"),
+        ("h100", "the nearest is h100-8"),
+        ("h10-8", "did you mean 'h100'"),
+        ("loca", "nearest first: local"),
+        ("H100-8", "nearest first: h100, h200"),
+        ("v5p:4x4", "nearest is v5p:"),
+    ],
+)
+def test_unknown_targets_name_the_nearest_in_one_line(name, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        parse_target(name)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chip_of_two_devices_says_so():
+    assert parse_target("tpu7x-8").devices_per_chip == 2
+    assert parse_target("v5p-8").devices_per_chip == 1
 
 
 def test_links_after_the_slash():

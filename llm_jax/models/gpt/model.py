@@ -56,14 +56,17 @@ class GPT(nnx.Module):
         keys = jax.random.split(key) if train and key is not None else (None, None)
         # Gathered whole over "fsdp" before the lookup, as any other weight: else the lookup would
         # give activations in shares of D. In float32, so that its gradient sums in float32.
-        table = constrain(self.embed[...], "vocab", None)
-        x = self.precision.cast(table[tokens])
-        if self.config.position == "learned":
-            x = x + self.precision.cast(self.position_embed[...][places.positions])
-        x = dropout(x, self.config.dropout, keys[0])
-        x = constrain(x, "batch", "residual_length", "activation_embed")
-        out = self.stack(x, places, key=keys[1], cache=cache, capture=capture)
-        x = self.final_norm(out.x)
+        with jax.named_scope("embed"):
+            table = constrain(self.embed[...], "vocab", None)
+            x = self.precision.cast(table[tokens])
+            if self.config.position == "learned":
+                x = x + self.precision.cast(self.position_embed[...][places.positions])
+            x = dropout(x, self.config.dropout, keys[0])
+            x = constrain(x, "batch", "residual_length", "activation_embed")
+        with jax.named_scope("stack"):
+            out = self.stack(x, places, key=keys[1], cache=cache, capture=capture)
+        with jax.named_scope("final_norm"):
+            x = self.final_norm(out.x)
         tied = self.config.tie_embeddings
         head = Head(self.embed[...], "btd,vd->btv") if tied else Head(self.head[...], "btd,dv->btv")
         logits = self._logits(x, head)
@@ -76,6 +79,7 @@ class GPT(nnx.Module):
             logits, x, head, out.cache, aux_loss=aux_loss, metrics=metrics, captured=out.captured
         )
 
+    @jax.named_scope("head")
     def _logits(self, x: jax.Array, head: Head) -> jax.Array:
         logits = self.precision.einsum(head.spec, x, head.weights, out_dtype=jnp.float32)
         return constrain(logits, "batch", "length", "vocab")

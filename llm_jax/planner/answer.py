@@ -1,0 +1,160 @@
+"""What is shown, written and returned for each way of asking for a plan."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llm_jax.core.config import load
+from llm_jax.data.progress import make_progress
+from llm_jax.planner import diff, search
+from llm_jax.planner.hunt import Objective
+from llm_jax.planner.page import write_page
+from llm_jax.planner.plan import Plan
+from llm_jax.planner.revision import other_commit
+from llm_jax.planner.space import default_targets
+from llm_jax.planner.targets import Answers, plan_targets
+from llm_jax.planner.terminal import show_plan, show_ranking
+from llm_jax.training.config import RunConfig, resolve
+
+FAILED, DOES_NOT_FIT, INTERRUPTED = 1, 2, 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """The flags of `python -m llm_jax.plan`, under their names.
+
+    config: FILE[:ARGUMENT]; overrides: "section.key=value". json: "-" is standard output. None and
+    empty are what was not asked.
+    """
+
+    config: str
+    topology: Sequence[str] = ()
+    overrides: Sequence[str] = ()
+    tokens: float | None = None
+    price: float | None = None
+    search: bool = False
+    rank: Objective = "time"
+    max_chips: int = 256
+    compiles: int = 12
+    jobs: int = 2
+    write_config: Path | None = None
+    compare: str | None = None
+    max_increase: str = ""
+    json: str | None = None
+    html: Path | None = None
+    cache: Path | None = None
+
+
+def answer(question: Question) -> int:
+    """Answers on the terminal and in the files asked for.
+
+    Returns:
+      The exit status: 0 where a plan fits, DOES_NOT_FIT, FAILED, INTERRUPTED.
+
+    Raises:
+      ConfigError, RunError: in one line, what keeps all of it from an answer.
+    """
+    run = resolve(load(question.config, question.overrides))
+    ask = _search if question.search else _compare if question.compare else _report
+    try:
+        return ask(run, question, Console(stderr=question.json == "-"))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _report(run: RunConfig, question: Question, console: Console) -> int:
+    """All about one target; of several a table."""
+    answers = _answers(run, question)
+    plans, failures = answers.plans, answers.failures
+    if len(question.topology) == 1:
+        for error in failures.values():
+            raise error
+        if plans:
+            show_plan(plans[0], console)
+    else:
+        show_ranking(plans, console)
+    for name, error in failures.items():
+        print(f"error: {name}: {error}", file=sys.stderr)
+    content = [plan.to_dict() for plan in plans]
+    alone = len(question.topology) == 1 and content
+    _publish(question, content[0] if alone else {"plans": content}, plans)
+    if answers.interrupted:
+        return INTERRUPTED
+    return FAILED if failures else _status(plans)
+
+
+def _search(run: RunConfig, question: Question, console: Console) -> int:
+    """A table of what was tried, the best first, and why it is."""
+    names = question.topology or default_targets(question.max_chips)
+    limits = {"compiles": question.compiles, "jobs": question.jobs, "cache": question.cache}
+    result = search.search(
+        run, names, objective=question.rank, progress=make_progress(), tokens=question.tokens,
+        price=question.price, **limits,
+    )  # fmt: skip
+    plans = [trial.plan for trial in result.trials if trial.plan is not None]
+    reasons = search.explain(result)
+    show_ranking(plans, console)
+    if question.write_config and result.winner:
+        search.write_config(
+            question.write_config, question.config, result.winner,
+            also=question.overrides, objective=question.rank,
+        )  # fmt: skip
+        reasons.append(f"wrote {question.write_config}")
+    for line in reasons:
+        console.print(line, markup=False, highlight=False)
+    _publish(question, {"reasons": reasons, "plans": [p.to_dict() for p in plans]}, plans, reasons)
+    return INTERRUPTED if result.interrupted else _status(plans)
+
+
+def _compare(run: RunConfig, question: Question, console: Console) -> int:
+    """This config beside another one, or beside itself at another commit."""
+    limits = diff.parse_thresholds(question.max_increase)
+    new, target = _plan(run, question), question.topology[0]
+    if Path(question.compare.partition(":")[0]).is_file():
+        old = _plan(resolve(load(question.compare)), question)
+    else:
+        old = other_commit(question.compare, question.config, question.overrides, target)
+    changes = diff.compare(old, new, Path(question.compare).stem, Path(question.config).stem)
+    diff.show(changes, console)
+    over = changes.exceeds(limits)
+    for line in over:
+        print(f"error: {line}", file=sys.stderr)
+    _publish(question, changes.to_dict(), [old, new])
+    return FAILED if over else _status([new])
+
+
+def _plan(run: RunConfig, question: Question) -> Plan:
+    answers = _answers(run, question)
+    for error in answers.failures.values():
+        raise error
+    if answers.interrupted:
+        raise KeyboardInterrupt
+    return answers.plans[0]
+
+
+def _answers(run: RunConfig, question: Question) -> Answers:
+    return plan_targets(
+        run, question.topology, jobs=question.jobs, cache=question.cache,
+        progress=make_progress(), tokens=question.tokens, price=question.price,
+    )  # fmt: skip
+
+
+def _status(plans: Sequence[Plan]) -> int:
+    return 0 if any(plan.fits for plan in plans) else DOES_NOT_FIT
+
+
+def _publish(
+    question: Question, content: Any, plans: Sequence[Plan], notes: Sequence[str] = ()
+) -> None:
+    """Writes what --json and --html ask for."""
+    if question.json == "-":
+        print(json.dumps(content, indent=1))
+    elif question.json:
+        Path(question.json).write_text(json.dumps(content, indent=1) + "\n")
+    if question.html and plans:
+        write_page(plans, question.html, title=Path(question.config).stem, notes=notes)

@@ -1,0 +1,58 @@
+"""What training on so many tokens costs: days, chip-hours, dollars.
+
+A list price, as of the date that its note carries; what a contract, a reservation or a spot machine
+costs is the user's to give. Steps only: no evaluation, no checkpoints, no restarts.
+"""
+
+import math
+import re
+
+from llm_jax.core.config import ConfigError
+from llm_jax.planner.chips import Chip
+from llm_jax.planner.plan import Cost
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+def parse_tokens(text: str) -> float:
+    """`20b`, `1.5t`, `300m`, `2e10` to a number of tokens.
+
+    Raises:
+      ConfigError: not a positive number with one of these units.
+    """
+    found = re.fullmatch(r"(\d+\.?\d*(?:e\+?\d+)?|\.\d+)([kmbt]?)", text.strip().lower())
+    tokens = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 0 < tokens < math.inf:
+        raise ConfigError(
+            f"tokens {text!r}: expected a positive number such as 300m, 20b, 1.5t or 2e10"
+        )
+    return tokens
+
+
+def cost_of(
+    tokens: float,
+    tokens_per_second_per_chip: float,
+    num_chips: int,
+    chip: Chip,
+    price: float | None = None,
+) -> Cost:
+    """The cost of `tokens` on `num_chips`; zero dollars where no price is known, as the note says.
+
+    Args:
+      price: dollars for a chip for an hour; None for the list price of the generation.
+
+    Raises:
+      ConfigError: a negative price.
+    """
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"price {price}: expected dollars per chip-hour, at least 0")
+    dollars = price if price is not None else chip.dollars_per_chip_hour or 0.0
+    chip_hours = tokens / tokens_per_second_per_chip / 3600
+    return Cost(
+        tokens=tokens,
+        days=chip_hours / num_chips / 24,
+        chip_hours=chip_hours,
+        dollars=chip_hours * dollars,
+        dollars_per_chip_hour=dollars,
+        price_note=chip.price_note if price is None else "as given",
+    )

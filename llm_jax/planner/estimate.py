@@ -1,0 +1,66 @@
+"""A plan by arithmetic alone: for the search, and for GPUs that are not there.
+
+No compiler, no devices, milliseconds. Memory is that of footprint.py, time that of pace.py; what cannot
+be sharded is refused in the words of training (placement.py).
+"""
+
+import time
+
+import jax
+
+from llm_jax.core.config import ConfigError, to_dict
+from llm_jax.planner.cost import cost_of
+from llm_jax.planner.footprint import footprint
+from llm_jax.planner.pace import pace
+from llm_jax.planner.placement import place
+from llm_jax.planner.plan import Finding, Plan
+from llm_jax.planner.topology import Target
+from llm_jax.training.config import RunConfig
+
+NOTE = Finding(
+    "note",
+    "an estimate by arithmetic, without a compiler: memory within 25 %, time for comparing meshes",
+)
+
+
+def estimate(
+    run: RunConfig, target: Target, *, tokens: float | None = None, price: float | None = None
+) -> Plan:
+    """The plan of a run on a target; `estimated` is set, and there are no ops and no buffers.
+
+    Args:
+      tokens, price: as of planner.make.make_plan.
+
+    Raises:
+      ConfigError: the run cannot be sharded over the target, its model is no transformer, or the
+        target is "local".
+    """
+    if not hasattr(run.model, "transformer"):
+        raise ConfigError(f"config.model.name {run.model.name!r}: estimates know transformers only")
+    if target.chip is None:
+        raise ConfigError(f"topology {target.name!r}: devices that are there are compiled for")
+    start = time.perf_counter()
+    placement = place(run, target)
+    memory = footprint(run, placement)
+    roofline = pace(run, placement)
+    cost = None
+    if tokens is not None and roofline is not None:
+        rate = roofline.tokens_per_second
+        cost = cost_of(tokens, rate, target.num_chips, target.chip, price)
+    return Plan(
+        target=target.name,
+        chip=target.chip.name,
+        num_chips=target.num_chips,
+        estimated=True,
+        config=to_dict(run),
+        mesh=dict(placement.mesh.shape),
+        num_params=placement.num_params,
+        tokens_per_step=run.train.batch_size * run.data.sequence_length,
+        memory=memory,
+        roofline=roofline,
+        findings=(NOTE,),
+        cost=cost,
+        versions={"jax": jax.__version__},
+        seconds={"estimate": time.perf_counter() - start},
+        host_peak_bytes=0,
+    )

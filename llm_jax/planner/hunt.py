@@ -1,0 +1,259 @@
+"""Which choices a search compiles next.
+
+Arithmetic scores every choice of space.py once. What the compiler then says of one corrects the
+estimates of those like it, so a strategy that turned out larger or slower falls back with all its kin.
+In the first half every target and every strategy gets its turn, the most promising first; then whatever
+promises to beat the best.
+"""
+
+import collections
+import dataclasses
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from llm_jax.core.config import ConfigError
+from llm_jax.planner.estimate import estimate
+from llm_jax.planner.footprint import footprint
+from llm_jax.planner.pace import pace
+from llm_jax.planner.placement import Placement, pipeline_turns, place
+from llm_jax.planner.plan import Plan
+from llm_jax.planner.space import (
+    REMAT,
+    Overrides,
+    accumulations,
+    meshes,
+    overrides_of,
+    summary_of,
+    with_choice,
+)
+from llm_jax.planner.topology import Target
+from llm_jax.training.config import RunConfig
+
+Objective = Literal["time", "cost"]
+
+# How far an estimate may lie above the memory of a chip and still come to the compiler's notice.
+_HOPE = 1.25
+# A choice must promise so much of the best score, or less, to be worth a compile: at first, and later.
+# Estimates of neighbours are good to a few percent.
+_NEAR, _WORTH = 1.3, 1.08
+# Failed answers after which a target is given up.
+_PATIENCE = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One choice. peak: bytes per chip, and seconds of a step, both estimated."""
+
+    target: Target
+    run: RunConfig
+    peak: int
+    seconds: float
+
+    @property
+    def overrides(self) -> Overrides:
+        return overrides_of(self.run)
+
+    @property
+    def summary(self) -> str:
+        return summary_of(self.run)
+
+    def estimate(self, tokens: float | None = None, price: float | None = None) -> Plan:
+        return estimate(self.run, self.target, tokens=tokens, price=price)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A candidate that was tried.
+
+    plan: by the compiler, or an estimate for GPUs that are not here. None where the compiler failed;
+    `why` is then its line.
+    """
+
+    candidate: Candidate
+    plan: Plan | None
+    why: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.plan is not None and self.plan.fits and self.plan.roofline is not None
+
+
+def score(objective: Objective, target: Target, seconds: float, price: float | None) -> float:
+    """Seconds of a step, or its dollars; chip-hours where the price is zero."""
+    if objective == "time":
+        return seconds
+    hourly = target.chip.dollars_per_chip_hour if price is None else price
+    return seconds * target.num_chips * (hourly or 1.0) / 3600
+
+
+class Hunt:
+    """Candidates and trials.
+
+    considered: choices in all; pruned: those that arithmetic dropped, by reason; without: a line for
+    each target where nothing fits by arithmetic.
+    """
+
+    def __init__(self, objective: Objective, price: float | None, compiles: int):
+        self.objective, self.price, self.compiles = objective, price, compiles
+        self.trials: list[Trial] = []
+        self.considered = 0
+        self.pruned: collections.Counter[str] = collections.Counter()
+        self.without: list[str] = []
+        self._candidates: list[Candidate] = []
+
+    def add(self, run: RunConfig, target: Target) -> None:
+        """Scores all choices on a target."""
+        before, smallest = len(self._candidates), None
+        for mesh in meshes(run, target):
+            base: Placement | None = None
+            for steps in accumulations(run):
+                self.considered += len(REMAT)
+                choice = with_choice(run, mesh, REMAT[0], steps)
+                try:
+                    base = place(choice, target) if base is None else _accumulating(base, choice)
+                except ConfigError:
+                    self.pruned["cannot be sharded"] += len(REMAT)
+                    continue
+                for remat in REMAT:
+                    candidate = _candidate(with_choice(run, mesh, remat, steps), base)
+                    if smallest is None or candidate.peak < smallest:
+                        smallest = candidate.peak
+                    if candidate.peak <= _HOPE * target.chip.hbm_bytes:
+                        self._candidates.append(candidate)
+                    else:
+                        self.pruned["memory"] += 1
+        if len(self._candidates) == before:
+            self.without.append(_nothing_fits(target, smallest))
+
+    def next(self, count: int) -> list[Candidate]:
+        """Up to `count` candidates to compile now; none where nothing is worth it.
+
+        In the first half of the compiles, what is most unlike those before goes first.
+        """
+        picked: list[Candidate] = []
+        exploring = len(self.trials) < (self.compiles + 1) // 2
+        promising = list(self._promising(exploring))
+        for look in (_target, _strategy, _mesh) if exploring else (_policy,):
+            seen = {look(trial.candidate) for trial in self.trials} | {look(c) for c in picked}
+            for candidate in promising:
+                if len(picked) == count:
+                    return picked
+                if look(candidate) not in seen:
+                    picked.append(candidate)
+                    seen.add(look(candidate))
+        return picked
+
+    def settle(self, target: Target, tokens: float | None) -> None:
+        """The answer for GPUs that are not here is an estimate."""
+        mine = [c for c in self._promising(True) if c.target == target and target.kind == "gpu"]
+        if mine:
+            self.trials.append(Trial(mine[0], mine[0].estimate(tokens, self.price), "estimated"))
+
+    def ranked(self) -> tuple[Trial, ...]:
+        """The best first, then those that do not fit, then those that failed."""
+        return tuple(
+            sorted(self.trials, key=lambda t: (not t.fits, t.plan is None, self._measured(t)))
+        )
+
+    def _promising(self, exploring: bool) -> Iterator[Candidate]:
+        """What is likely to fit and to beat the best, or to come near, by corrected estimates."""
+        memory, pace = self._corrections()
+        expected = lambda c: score(  # noqa: E731
+            self.objective, c.target, c.seconds * pace.get(_strategy(c), 1.0), self.price
+        )
+        ranked = [
+            c
+            for c in sorted(self._candidates, key=expected)
+            if c.peak * memory.get(_strategy(c), memory.get(_chip(c), 1.0))
+            <= c.target.chip.hbm_bytes
+        ]
+        best = min((self._measured(t) for t in self.trials if t.fits), default=None)
+        if best is None and ranked:
+            best = expected(ranked[0])
+        answered = {t.candidate.target for t in self.trials if t.fits}
+        failures = collections.Counter(t.candidate.target for t in self.trials if not t.fits)
+        for candidate in ranked:
+            wanted = candidate.target not in answered and failures[candidate.target] < _PATIENCE
+            if wanted or expected(candidate) <= (_NEAR if exploring else _WORTH) * best:
+                yield candidate
+
+    def _measured(self, trial: Trial) -> float:
+        if not trial.fits:
+            return float("inf")
+        seconds = trial.plan.roofline.step_seconds
+        return score(self.objective, trial.candidate.target, seconds, self.price)
+
+    def _corrections(self) -> tuple[Mapping[Any, float], Mapping[Any, float]]:
+        """Of memory and of time: compiled over estimated, the median of the trials of a strategy.
+
+        Of memory also by chip, for strategies that no trial had; what is unknown of their time is an
+        invitation.
+        """
+        memory, pace = (collections.defaultdict(list) for _ in range(2))
+        for trial in self.trials:
+            candidate, plan = trial.candidate, trial.plan
+            if plan is not None:
+                for key in (_strategy(candidate), _chip(candidate)):
+                    memory[key].append(plan.memory.peak / candidate.peak)
+            if trial.fits:
+                ratio = plan.roofline.step_seconds / candidate.seconds
+                pace[_strategy(candidate)].append(ratio)
+        medians = lambda ratios: {k: statistics.median(r) for k, r in ratios.items()}  # noqa: E731
+        return medians(memory), medians(pace)
+
+
+def _chip(candidate: Candidate) -> str:
+    return candidate.target.chip.name
+
+
+def _target(candidate: Candidate) -> Target:
+    return candidate.target
+
+
+def _strategy(candidate: Candidate) -> tuple:
+    """The target, the axes that take part besides data and fsdp, and whether parameters are whole."""
+    mesh = candidate.run.mesh
+    axes = [a for a in ("pipeline", "expert", "context", "tensor") if getattr(mesh, a) > 1]
+    pipelined = mesh.dcn.pipeline > 1
+    return candidate.target, *axes, pipelined, mesh.rules == "zero1"
+
+
+def _mesh(candidate: Candidate) -> tuple:
+    return candidate.target, candidate.run.mesh
+
+
+def _policy(candidate: Candidate) -> tuple:
+    return *_mesh(candidate), candidate.run.model.remat
+
+
+def _candidate(run: RunConfig, placement: Placement) -> Candidate:
+    seconds = pace(run, placement).step_seconds
+    return Candidate(placement.target, run, footprint(run, placement).peak, seconds)
+
+
+def _accumulating(placement: Placement, run: RunConfig) -> Placement:
+    """The same mesh with other microbatches.
+
+    Raises:
+      ConfigError: their rows do not divide over it.
+    """
+    if run.train.microbatch_size % placement.shares("batch"):
+        raise ConfigError("rows do not divide")
+    if placement.shares("stage") == 1:
+        return placement
+    try:
+        items, turns = pipeline_turns(run, placement.rules)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return dataclasses.replace(placement, items=items, turns=turns)
+
+
+def _nothing_fits(target: Target, smallest: int | None) -> str:
+    if smallest is None:
+        return f"{target.name}: the model cannot be sharded over its {target.num_chips} chips"
+    gib = 2**30
+    return (
+        f"{target.name}: nothing fits; the smallest choice needs about {smallest / gib:.1f} GiB of "
+        f"{target.chip.hbm_bytes / gib:.1f} per chip"
+    )

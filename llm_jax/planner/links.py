@@ -1,0 +1,172 @@
+"""How long a collective takes on the links that its mesh axes run over.
+
+A chip of a torus has two links per dimension, one in the dimension of an open line's end. In an
+all-gather of B bytes over N chips each chip must receive B (N-1)/N, and it can at no more than the rate
+of the links into it. Algorithms that send parts ("colours") around all dimensions at once in rotated
+order reach that: time = B (N-1)/N / (links x rate). On an open line the chip at the end has one link, and
+no other link carries more, so a dimension counts 2 links as a ring and 1 as a line. A reduce-scatter is
+the same backwards, an all-reduce both. libtpu says which algorithm it takes: "3DAllGather" goes around
+three dimensions, "colors:2" are two, of one direction each where it says so; fewer than there are
+links leave the others idle.
+
+An all-to-all of B bytes per chip is bounded by the cut through the middle of the longest dimension n: half
+of the chips send half of their bytes to the other half over 2 links per row (1 on a line): n B / 8 or
+n B / 4 over the rate. A permute by k places loads each link k times.
+
+Two devices of one chip share its links; where they are in different groups, both groups' bytes cross
+them. Between slices and hosts a collective is two-level: within a slice over links, and each chip's share
+over the network.
+
+Every hop adds about a microsecond (Austin et al., How to Scale Your Model, 2025, jax-ml.github.io/
+scaling-book, "Sharded matrices"), every message of the network about ten.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from llm_jax.planner.chips import Chip
+from llm_jax.planner.compiled import MeshAxis, Span
+from llm_jax.planner.hlo_collectives import PERMUTE, Collective
+
+HOP_SECONDS = 1e-6
+NETWORK_SECONDS = 10e-6
+# Between the two devices of a chip, in links ("Cloud TPU7x": six times the bandwidth of an ICI link).
+CORE_LINKS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """What one group of a collective runs over.
+
+    axes: the mesh axes, "fsdp" or "fsdp+expert", "none" for a group of one. spans: of these axes, as far as
+    the group covers them. distance: places that a permute moves by along its axis.
+    """
+
+    axes: str
+    spans: tuple[Span, ...]
+    distance: int = 1
+
+    def size(self, kind: str) -> int:
+        return math.prod(span.size for span in self.spans if span.kind == kind)
+
+
+def axes_of(collective: Collective, mesh: Sequence[MeshAxis]) -> str:
+    """The mesh axes that a collective runs over, "fsdp+expert"."""
+    return crossing(collective, mesh).axes
+
+
+def crossing(collective: Collective, mesh: Sequence[MeshAxis]) -> Crossing:
+    """The links of a collective, from its devices and the order of the mesh's devices."""
+    if collective.groups is None:
+        axes = [axis for axis in mesh if any(span.kind == "network" for span in axis.spans)]
+        spans = tuple(s for axis in axes for s in axis.spans if s.kind == "network")
+        return Crossing(_joined(axes), spans)
+    sizes = [axis.size for axis in mesh]
+    if not collective.groups.size or collective.groups.max() >= math.prod(sizes):
+        return Crossing("none", ())
+    if collective.kind == PERMUTE:
+        return _permuted(collective.groups, mesh, sizes)
+    places = np.array(np.unravel_index(collective.groups[0], sizes))
+    counts = [len(np.unique(row)) for row in places]
+    axes = [axis for axis, count in zip(mesh, counts, strict=True) if count > 1]
+    covered = [count for count in counts if count > 1]
+    spans = [_part(axis, count) for axis, count in zip(axes, covered, strict=True)]
+    return Crossing(_joined(axes), tuple(span for part in spans for span in part))
+
+
+def _permuted(pairs: np.ndarray, mesh: Sequence[MeshAxis], sizes: Sequence[int]) -> Crossing:
+    source, target = (np.array(np.unravel_index(pairs[:, end], sizes)) for end in (0, 1))
+    steps = np.abs(target - source)
+    moved = [index for index, row in enumerate(steps) if row.any()]
+    # The way that most take; those at the end of a line go back all of it, on links nobody else uses.
+    distances = [int(np.bincount(row[row > 0]).argmax()) for row in steps[moved]]
+    axes = [mesh[index] for index in moved]
+    distance = max(
+        (min(d, axis.size - d) for d, axis in zip(distances, axes, strict=True)), default=1
+    )
+    return Crossing(_joined(axes), tuple(s for axis in axes for s in axis.spans), max(distance, 1))
+
+
+def _joined(axes: Sequence[MeshAxis]) -> str:
+    return "+".join(axis.name for axis in axes) or "none"
+
+
+def _part(axis: MeshAxis, count: int) -> tuple[Span, ...]:
+    """The spans of so many neighbours along an axis, the innermost first to be used."""
+    if count == axis.size:
+        return axis.spans
+    parts: list[Span] = []
+    for span in reversed(axis.spans):
+        size = math.gcd(span.size, count)
+        if size > 1:
+            parts.insert(
+                0, dataclasses.replace(span, size=size, ring=span.ring and size == span.size)
+            )
+        count //= size
+    return tuple(parts)
+
+
+def seconds(collective: Collective, cross: Crossing, chip: Chip) -> float:
+    """Of one run of a collective by itself; 0 where the chip's rates are unknown."""
+    total = _link_seconds(collective, cross, chip)
+    hosts = cross.size("network")
+    if hosts > 1 and chip.network_bytes_per_second:
+        # Within the slice the whole array goes over links; between slices each chip's share of it.
+        share = 1 if collective.kind in (PERMUTE, "all-to-all") else cross.size("link")
+        moved = collective.bytes * chip.devices / cross.size("core") / share
+        if collective.kind != PERMUTE:
+            moved *= (hosts - 1) / hosts * _passes(collective.kind)
+        total += moved / chip.network_bytes_per_second + NETWORK_SECONDS * _passes(collective.kind)
+    return total
+
+
+def _passes(kind: str) -> int:
+    return 2 if kind == "all-reduce" else 1
+
+
+def _link_seconds(collective: Collective, cross: Crossing, chip: Chip) -> float:
+    spans = [span for span in cross.spans if span.kind == "link"]
+    cores, rate = cross.size("core"), chip.link_bytes_per_second
+    if not rate or (not spans and cores == 1):
+        return 0.0
+    if not spans:
+        share = 1.0 if collective.kind == PERMUTE else (cores - 1) / cores
+        return (
+            collective.bytes * share * _passes(collective.kind) / (CORE_LINKS * rate) + HOP_SECONDS
+        )
+    # The devices of a chip that are in other groups send over the same links.
+    moved = collective.bytes * chip.devices / cores
+    hops = sum(span.size // 2 if span.ring else span.size - 1 for span in spans)
+    if collective.kind in (PERMUTE, "collective-broadcast"):
+        return moved * cross.distance / rate + HOP_SECONDS * cross.distance
+    if collective.kind in ("all-to-all", "ragged-all-to-all"):
+        cut = max(span.size / (8 if span.ring else 4) for span in spans)
+        return moved * cut / rate + HOP_SECONDS * hops
+    chips = math.prod(span.size for span in spans)
+    passes = _passes(collective.kind)
+    lanes = links_used(spans, collective.strategy)
+    return passes * (moved * (chips - 1) / chips / (lanes * rate) + HOP_SECONDS * hops)
+
+
+def links_used(spans: Sequence[Span], strategy: str = "") -> int:
+    """Links into a chip over which an all-gather or a reduction receives at the same time.
+
+    strategy: the compiler's notes in `collective_algorithm_config` or `collective_offload_config`.
+    """
+    most = sum(2 if span.ring else 1 for span in spans)
+    offloaded = strategy.count('"phase_rings"')
+    dimensions = re.search(r'"emitter":"(\d)DAllGather', strategy)
+    colors = re.search(r"\b(\w+)\{colors:(\d+)", strategy)
+    if offloaded:
+        used = offloaded * (1 if "UNIDIR" in strategy else 2)
+    elif dimensions:
+        used = 2 * int(dimensions[1])
+    elif colors:
+        used = int(colors[2]) * (1 if "UniDirection" in colors[1] else 2)
+    else:
+        used = most
+    return max(1, min(most, used))

@@ -1,0 +1,71 @@
+"""From what the compiler said to a plan: memory, time, communication, findings, cost."""
+
+import dataclasses
+import math
+
+from llm_jax.planner.advice import advise
+from llm_jax.planner.chips import chip_of
+from llm_jax.planner.collectives import name_exchanges
+from llm_jax.planner.compiled import CompiledStep
+from llm_jax.planner.cost import cost_of
+from llm_jax.planner.lint import lint
+from llm_jax.planner.memory import read_memory
+from llm_jax.planner.plan import Plan
+from llm_jax.planner.roofline import read_roofline
+from llm_jax.planner.topology import Target
+
+
+def make_plan(
+    step: CompiledStep,
+    target: Target,
+    *,
+    tokens: float | None = None,
+    price: float | None = None,
+) -> Plan:
+    """Reads a compiled step, or one that does not fit.
+
+    Args:
+      tokens: to train on, for the cost; None leaves it out.
+      price: dollars per chip-hour instead of the list price.
+    """
+    target = _resolved(target, step)
+    chip = target.chip
+    memory = read_memory(step, chip.hbm_bytes, target.devices_per_chip)
+    roofline = read_roofline(step, chip)
+    if roofline is not None:
+        roofline = name_exchanges(roofline, step)
+    memory, advice = advise(step, memory, roofline, chip.hbm_bytes)
+    findings = (*advice, *lint(step, roofline))
+    # Of a program that was never finished there are no cycles: its communication can be looked at,
+    # its time not told.
+    timed = None if step.out_of_memory else roofline
+    cost = None
+    if tokens is not None and timed is not None:
+        cost = cost_of(tokens, timed.tokens_per_second, target.num_chips, chip, price)
+    return Plan(
+        target=target.name,
+        chip=chip.name,
+        num_chips=target.num_chips,
+        estimated=False,
+        config=step.config,
+        mesh={axis.name: axis.size for axis in step.mesh},
+        num_params=step.num_params,
+        tokens_per_step=step.tokens_per_step,
+        memory=memory,
+        roofline=timed,
+        findings=findings,
+        cost=cost,
+        versions=step.versions,
+        seconds=step.seconds,
+        host_peak_bytes=step.host_peak_bytes,
+        step=step,
+    )
+
+
+def _resolved(target: Target, step: CompiledStep) -> Target:
+    """A target whose chips are those that the step was compiled for, where its name does not say."""
+    if target.chip is not None:
+        return target
+    chip = chip_of(step.device_kind, step.device_memory)
+    devices = math.prod(axis.size for axis in step.mesh)
+    return dataclasses.replace(target, chip=chip, num_chips=max(1, devices // chip.devices))

@@ -1,0 +1,263 @@
+"""Time of a training step by arithmetic, without a compiler.
+
+- Matmuls and attention take their FLOPs at a share of the chip's peak; what is between them takes its
+  bytes at the memory's rate. The two do not overlap.
+- A collective takes its bytes at the rate of the links that its mesh axes cover (links.py). Gathers of
+  weights hide behind the layer's computing where the compiler lets them, sums over the network behind the
+  backward pass; all others stand exposed.
+
+The shares are the same for all chips and models. Steps of gpt_1b come within 20 % of their compiled plans
+on v5e, v5p, v6e and tpu7x, sharded or with tensor=4. What a pipeline
+copies in its turns, and a mixture of experts when it sorts its tokens, is counted in part only: their
+steps can take twice the time and more. Good for ranking meshes of a kind, not for promises.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from llm_jax.metrics.throughput import transformer_flops
+from llm_jax.nn.moe import MoeConfig
+from llm_jax.planner.chips import Chip
+from llm_jax.planner.footprint import Block, element_size, tokens_at_once
+from llm_jax.planner.hlo_collectives import Collective
+from llm_jax.planner.links import Crossing
+from llm_jax.planner.links import seconds as link_seconds
+from llm_jax.planner.placement import Placement, Weight
+from llm_jax.planner.plan import Roofline
+from llm_jax.training.config import RunConfig
+
+MATMUL_EFFICIENCY = 0.85
+# Softmax runs on the vector unit between two products; a head narrower than the matrix unit wastes the rest.
+ATTENTION_EFFICIENCY = 0.5
+# Chips on which gathers of weights run beside products: as libtpu 0.0.42 and XLA for GPUs schedule them.
+HIDES_GATHERS = ("v5e", "tpu7x")
+
+# Policies under which the backward pass computes products of the block, and attention, again.
+_PRODUCTS_AGAIN = ("attention", "full", "offload")
+_ATTENTION_AGAIN = ("dots", "full", "offload")
+# Of attention's forward FLOPs: two kernels in the backward pass, with 3 and 4 products to the forward's 2.
+_ATTENTION_BACKWARD = 3.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of a step over `axes`. bytes: whole array of one of them; times: in a step.
+
+    hides_behind: seconds of computing beside each.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes: float
+    times: float
+    hides_behind: float = 0.0
+
+
+def pace(run: RunConfig, placement: Placement) -> Roofline | None:
+    """None where the chip's rates are not known, or the model is not of a family that counts FLOPs."""
+    chip = placement.target.chip
+    if None in (chip.peak_flops, chip.hbm_bytes_per_second) or not hasattr(
+        run.model, "flops_sizes"
+    ):
+        return None
+    bounds: dict[str, float] = collections.defaultdict(float)
+    flops, compute = _compute_seconds(run, placement, chip)
+    bounds["compute"] = compute
+    bounds["memory"] = _memory_seconds(run, placement, chip)
+    for traffic in exchanges(run, placement, compute):
+        once = seconds_of(traffic, placement)
+        name = "communication " + "+".join(traffic.axes)
+        bounds[name] += traffic.times * max(0.0, once - traffic.hides_behind)
+    step = sum(bounds.values())
+    tokens = run.train.batch_size * run.data.sequence_length
+    rate = tokens / placement.target.num_chips / step
+    full, causal = (
+        transformer_flops(
+            **run.model.flops_sizes(),
+            sequence_length=run.data.sequence_length,
+            causal_half=half,
+        )
+        for half in (False, True)
+    )
+    return Roofline(
+        step_seconds=step,
+        bounds={name: value for name, value in bounds.items() if value > 0},
+        ops=(),
+        exchanges=(),
+        tokens_per_second=rate,
+        model_flops=full * tokens / placement.target.num_chips,
+        hardware_flops=flops,
+        mfu=rate * full / chip.peak_flops,
+        mfu_causal=rate * causal / chip.peak_flops,
+        efficiency=MATMUL_EFFICIENCY,
+        from_compiler=0.0,
+    )
+
+
+def _tokens_of_chip(run: RunConfig, placement: Placement) -> float:
+    """Tokens of a step that a chip's devices work on; shares of "tensor" work on the same ones."""
+    once = tokens_at_once(run, placement) * run.train.accumulate_steps
+    return once * placement.target.devices_per_chip
+
+
+def _compute_seconds(run: RunConfig, placement: Placement, chip: Chip) -> tuple[float, float]:
+    """(FLOPs of a step on a chip, their seconds)."""
+    config = placement.transformer
+    tokens = _tokens_of_chip(run, placement)
+    # A stage runs its share of the layers on the tokens of all stages, in every turn.
+    in_layers = placement.turns_per_item * placement.shares("stage")
+    matmul = 0.0
+    for weight in placement.weights:
+        flops = 2 * tokens * weight.layers * weight.work
+        if weight is placement.head:
+            matmul += 3 * flops
+        elif weight.kind == "block":
+            matmul += (3 + _is_again(weight, run.model.remat)) * flops * in_layers
+        elif weight.kind == "expert":
+            chosen = (
+                config.mlp.experts_per_token / config.mlp.num_experts * placement.shares("experts")
+            )
+            matmul += (3 + _is_again(weight, run.model.remat)) * flops * in_layers * chosen
+    spec, length = config.attention.spec, run.data.sequence_length
+    seen = min(length, spec.window or length) * (0.5 if spec.causal else 1.0)
+    heads = config.attention.num_heads / placement.shares("heads")
+    attention = 4 * heads * config.attention.head_dim * seen * config.num_layers
+    passes = 1 + _ATTENTION_BACKWARD + (run.model.remat in _ATTENTION_AGAIN)
+    attention *= tokens * placement.turns_per_item * passes
+    filled = min(1.0, config.attention.head_dim / (chip.mxu or 1))
+    seconds = matmul / MATMUL_EFFICIENCY + attention / (ATTENTION_EFFICIENCY * filled)
+    return matmul + attention, seconds / chip.peak_flops
+
+
+def _is_again(weight: Weight, policy: str) -> bool:
+    """Whether the backward pass multiplies by a layer's weight again, besides for the gradients.
+
+    Never by the last of the MLP, whose product the next layer's input holds.
+    """
+    if weight.kind == "expert":
+        return policy != "none"
+    if weight.axes[-2:] == ("mlp", "embed"):
+        return False
+    return policy in _PRODUCTS_AGAIN or (policy == "narrow" and "mlp" in weight.axes)
+
+
+def _memory_seconds(run: RunConfig, placement: Placement, chip: Chip) -> float:
+    """What lies between products, as far as it is not fused into them; weights, state, logits."""
+    size, steps = element_size(run), run.train.accumulate_steps
+    block, tokens = Block.of(run, placement), _tokens_of_chip(run, placement)
+    depth = placement.transformer.num_layers * placement.turns_per_item
+    # What is kept is put into stacks of all layers and taken out of them, twice each.
+    activations = 6 * block.at_work(size) + 4 * block.kept(run.model.remat, size)
+    weights = state = 0.0
+    # A pipeline's stage reads its layers and adds to their gradients in every turn.
+    runs = steps * placement.turns / run.mesh.pipeline_rounds
+    for weight in placement.weights:
+        moved = weight.layers * weight.work * (3 * size + 2 * 4)
+        weights += moved * (runs if weight.stacked else steps)
+        state += 4 * weight.share
+        if weight is placement.head:
+            activations += 4 * 4 * weight.work / placement.transformer.embed_dim / depth
+    if placement.turns > 1:
+        # And the arrays of all its microbatches, going in and coming out, once in each pass.
+        whole = tokens / steps * placement.shares("stage") * placement.transformer.embed_dim * size
+        weights += runs * 3 * 2 * 2 * whole
+    devices = placement.target.devices_per_chip
+    state += 2 * placement.optimizer_bytes
+    total = tokens * depth * activations + devices * (weights + state)
+    return total / chip.hbm_bytes_per_second
+
+
+def exchanges(run: RunConfig, placement: Placement, compute_seconds: float) -> Iterator[Traffic]:
+    """The collectives of a step."""
+    yield from _weights_exchanged(run, placement, compute_seconds)
+    yield from _gradients_of_copies(run, placement, compute_seconds)
+    yield from _activations_exchanged(run, placement)
+
+
+def _weights_exchanged(run, placement, compute_seconds) -> Iterator[Traffic]:
+    """Gathers in both passes and the gradients' sums, in every microbatch."""
+    size, steps = element_size(run), run.train.accumulate_steps
+    summed = 2 if run.train.reduce_dtype == "bfloat16" else 4
+    pipeline = placement.shares("stage") > 1
+    groups: dict[tuple, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    for weight in placement.weights:
+        if weight.gathered_over:
+            table = weight.kind == "embedding"
+            stacked = weight.stacked
+            # A pipeline gathers all layers of a stage at once, once; the table is looked up in float32.
+            layers = weight.layers if stacked and pipeline else 1
+            key = (weight.gathered_over, 1 if pipeline else weight.layers, stacked and not pipeline)
+            groups[key][0] += layers * weight.work * (4 if table else size)
+            groups[key][1] += layers * weight.work * (summed if stacked else 4)
+    for (axes, layers, again), (gathered, reduced) in groups.items():
+        hidden = 0.0
+        if placement.target.chip.kind == "gpu" or placement.target.chip.name in HIDES_GATHERS:
+            hidden = compute_seconds / steps / layers / 4 if again else 0.0
+        runs = steps * layers
+        yield Traffic("all-gather", axes, gathered, runs * (2 if again else 1), hidden)
+        yield Traffic(_reduction(placement, axes), axes, reduced, runs)
+
+
+def _reduction(placement: Placement, axes: Sequence[str]) -> str:
+    """libtpu turns a reduce-scatter over several dimensions of the torus into an all-reduce."""
+    spans = [span for name in axes for span in placement.axes[name].spans if span.kind == "link"]
+    chip = placement.target.chip
+    return "all-reduce" if chip.kind == "tpu" and chip.devices == 1 and len(spans) > 1 else (
+        "reduce-scatter"
+    )  # fmt: skip
+
+
+def _gradients_of_copies(run, placement, compute_seconds) -> Iterator[Traffic]:
+    """Sums over copies of the parameters, once a step; with whole parameters, the new ones' gather.
+
+    Over the network they run beside the backward pass (sharding/xla_flags.py), unless microbatches add
+    up first.
+    """
+    shares: dict[tuple[str, ...], float] = collections.defaultdict(float)
+    for weight in placement.weights:
+        shares[weight.copied_over] += weight.share
+    for axes, size in shares.items():
+        slow = any(s.kind == "network" for name in axes for s in placement.axes[name].spans)
+        hides = slow and run.train.accumulate_steps == 1
+        if axes:
+            yield Traffic("all-reduce", axes, size, 1, compute_seconds / 2 if hides else 0.0)
+    if run.mesh.rules == "zero1":
+        axes = placement.rules.of_optimizer().mesh_axes("embed")
+        if axes:
+            yield Traffic("all-gather", axes, sum(w.share for w in placement.weights), 1)
+
+
+def _activations_exchanged(run: RunConfig, placement: Placement) -> Iterator[Traffic]:
+    """What layers exchange of their tokens, which nothing hides."""
+    size, config, held = element_size(run), placement.transformer, placement.held
+    steps, tokens = run.train.accumulate_steps, tokens_at_once(run, placement)
+    again = run.model.remat in _PRODUCTS_AGAIN
+    layers = steps * config.num_layers * placement.turns_per_item
+    hidden = tokens * config.embed_dim * size
+    tensor, context = held["heads"], held["length"]
+    if tensor:
+        yield Traffic("all-reduce", tensor, hidden, layers * (4 + again) + 2 * steps)
+    if context:
+        heads = config.attention.num_kv_heads / placement.shares("kv_heads")
+        pairs = 2 * tokens * placement.shares("length") * heads * config.attention.head_dim * size
+        yield Traffic("all-gather", context, pairs, layers * (2 + again))
+        yield Traffic("reduce-scatter", context, pairs, layers)
+    experts = held["experts"]
+    if experts and isinstance(config.mlp, MoeConfig):
+        times = 4 if run.model.remat == "none" else 6
+        rows = hidden * config.mlp.experts_per_token
+        yield Traffic("all-to-all", experts, rows, layers * times)
+    stages = held["stage"]
+    if stages:
+        sent = (
+            hidden * placement.shares("stage") * run.mesh.pipeline_rounds * placement.turns_per_item
+        )
+        yield Traffic("collective-permute", stages, sent, 2 * steps)
+
+
+def seconds_of(traffic: Traffic, placement: Placement) -> float:
+    """Of one collective by itself."""
+    spans = tuple(span for name in traffic.axes for span in placement.axes[name].spans)
+    one = Collective(traffic.kind, int(traffic.bytes), None, 1, (), "", (), False)
+    return link_seconds(one, Crossing("+".join(traffic.axes), spans), placement.target.chip)

@@ -1,0 +1,304 @@
+"""The search for the fastest or the cheapest way to train a config on some slices.
+
+Arithmetic drops what cannot be sharded or is far from fitting, the compiler judges the best of the rest
+(hunt.py), and every answer is kept in the cache, so a second search goes on where the first one ended.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llm_jax.core.config import ConfigError, to_dict
+from llm_jax.data.progress import Progress, Silent
+from llm_jax.planner.compile import Request, compile_many
+from llm_jax.planner.compiled import CompiledStep
+from llm_jax.planner.hunt import Candidate, Hunt, Objective, Trial, score
+from llm_jax.planner.make import make_plan
+from llm_jax.planner.plan import Plan
+from llm_jax.planner.topology import Target, libtpu_version, parse_target
+from llm_jax.training.config import RunConfig
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """trials: the best first, then those that do not fit, then those that failed.
+
+    considered: choices in all; pruned: how many of them arithmetic dropped, by reason ("cannot be sharded",
+    "memory"). without: a line for each target where nothing fits by arithmetic, or that has no price. price: dollars per
+    chip-hour, None for list prices. interrupted: by Ctrl-C; trials are what was there.
+    """
+
+    objective: Objective
+    trials: tuple[Trial, ...]
+    considered: int
+    pruned: Mapping[str, int]
+    without: tuple[str, ...]
+    price: float | None
+    seconds: float
+    interrupted: bool
+
+    @property
+    def winner(self) -> Trial | None:
+        return self.trials[0] if self.trials and self.trials[0].fits else None
+
+    def score(self, trial: Trial) -> float:
+        """Seconds of a step, or its dollars; of a trial that fits."""
+        seconds = trial.plan.roofline.step_seconds
+        return score(self.objective, trial.candidate.target, seconds, self.price)
+
+
+def search(
+    run: RunConfig,
+    targets: Sequence[str],
+    *,
+    objective: Objective = "time",
+    compiles: int = 12,
+    jobs: int = 2,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    tokens: float | None = None,
+    price: float | None = None,
+) -> SearchResult:
+    """Tries the most promising choices on all targets together.
+
+    Ctrl-C ends it early: the result is then what was there.
+
+    Args:
+      targets: names of slices, or of GPUs, which are only estimated.
+      compiles: the most steps to compile over all targets; those that the cache recalls count too.
+      jobs: at a time.
+      cache: as of planner.compile.compile_step.
+      tokens, price: as of planner.make.make_plan.
+
+    Raises:
+      ConfigError: an unknown target, a model that estimates do not know, libtpu missing, or a cost asked
+        for where no price is known.
+    """
+    start, progress = time.perf_counter(), progress or Silent()
+    parsed = _checked(run, targets, objective, price)
+    hunt, interrupted = Hunt(objective, price, compiles), False
+    try:
+        progress.start("estimating, targets", len(parsed))
+        for target in parsed:
+            if objective == "time" or _has_price(target, price):
+                hunt.add(run, target)
+            else:
+                hunt.without.append(f"{target.name}: no price is known to rank by; give one")
+            progress.advance(1)
+        progress.finish()
+        if any(target.kind == "tpu" for target in parsed):
+            _compile(hunt, jobs, cache, progress, tokens)
+    except KeyboardInterrupt:
+        interrupted = True
+    for target in parsed:
+        hunt.settle(target, tokens)
+    return SearchResult(
+        objective=objective,
+        trials=hunt.ranked(),
+        considered=hunt.considered,
+        pruned=dict(hunt.pruned),
+        without=tuple(hunt.without),
+        price=price,
+        seconds=time.perf_counter() - start,
+        interrupted=interrupted,
+    )
+
+
+def _checked(
+    run: RunConfig, targets: Sequence[str], objective: Objective, price: float | None
+) -> list[Target]:
+    if not hasattr(run.model, "transformer"):
+        raise ConfigError(f"config.model.name {run.model.name!r}: a search knows transformers only")
+    parsed = [parse_target(name) for name in dict.fromkeys(targets)]
+    for target in parsed:
+        if target.chip is None or target.chip.peak_flops is None:
+            raise ConfigError(f"topology {target.name!r}: a search needs names of slices: v5e:4x4")
+    if objective == "cost" and not any(_has_price(target, price) for target in parsed):
+        raise ConfigError(f"topology {parsed[0].name!r}: no price is known to rank by; give one")
+    if any(target.kind == "tpu" for target in parsed):
+        libtpu_version()
+    return parsed
+
+
+def _has_price(target: Target, price: float | None) -> bool:
+    return price is not None or target.chip.dollars_per_chip_hour is not None
+
+
+def _compile(
+    hunt: Hunt, jobs: int, cache: Path | None, progress: Progress, tokens: float | None
+) -> None:
+    progress.start("compiling the most promising", hunt.compiles)
+    try:
+        while batch := hunt.next(min(jobs, hunt.compiles - len(hunt.trials))):
+            asked = [(Request(to_dict(c.run), c.target.name), c) for c in batch]
+            for request, answer in compile_many([r for r, _ in asked], jobs, cache):
+                candidate = next(c for r, c in asked if r is request)
+                trial = _trial(candidate, answer, tokens, hunt.price)
+                hunt.trials.append(trial)
+                progress.say(line_of(trial))
+                progress.advance(1)
+    finally:
+        progress.finish()
+
+
+def _trial(
+    candidate: Candidate,
+    answer: CompiledStep | Exception,
+    tokens: float | None,
+    price: float | None,
+) -> Trial:
+    if isinstance(answer, Exception):
+        return Trial(candidate, None, str(answer))
+    plan = make_plan(answer, candidate.target, tokens=tokens, price=price)
+    # The texts of a compiled step are megabytes, and the cache has them.
+    return Trial(candidate, dataclasses.replace(plan, step=None))
+
+
+def line_of(trial: Trial) -> str:
+    """`v5e:4x4: fsdp 16, remat full: 812 ms, 5.1 of 15.8 GiB`."""
+    choice = f"{trial.candidate.target.name}: {trial.candidate.summary}"
+    if trial.plan is None:
+        return f"{choice}: {trial.why}"
+    memory = trial.plan.memory
+    held = f"{memory.peak / _GIB:.1f} of {memory.capacity / _GIB:.1f} GiB"
+    if not trial.fits:
+        return f"{choice}: does not fit, {held}"
+    return f"{choice}: {_ms(trial.plan.roofline.step_seconds)}, {held}"
+
+
+def explain(result: SearchResult) -> list[str]:
+    """Why the winner wins and the next one loses, a sentence each."""
+    lines = [_coverage(result), *result.without]
+    winner = result.winner
+    if winner is None:
+        return [*lines, "no choice that was tried fits"]
+    lines.append(f"best: {line_of(winner)}; {_bound(winner.plan)}")
+    others = [trial for trial in result.trials[1:] if trial.fits]
+    lines += [line for other in others[:1] for line in _comparison(result, "next", winner, other)]
+    mesh = lambda trial: (trial.candidate.target, trial.candidate.run.mesh)  # noqa: E731
+    elsewhere = next((trial for trial in others if mesh(trial) != mesh(winner)), None)
+    if elsewhere is not None and elsewhere is not others[0]:
+        lines += _comparison(result, "the best of another mesh", winner, elsewhere)
+    for trial in result.trials:
+        if trial.plan is not None and not trial.plan.fits:
+            over = trial.plan.memory.peak / trial.plan.memory.capacity - 1
+            lines.append(f"{_name(trial)} would need {100 * over:.0f} % more memory than there is")
+            break
+    return lines
+
+
+def _coverage(result: SearchResult) -> str:
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result.pruned.items()))
+    text = f"{result.considered:,} choices, {len(result.trials)} tried"
+    text += f"; pruned: {dropped}" if dropped else ""
+    return text + ("; interrupted" if result.interrupted else "")
+
+
+def _name(trial: Trial) -> str:
+    return f"{trial.candidate.target.name} with {trial.candidate.summary}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f} ms" if seconds > 0.01 else f"{1e3 * seconds:.2f} ms"
+
+
+def _bound(plan: Plan) -> str:
+    name, seconds = max(plan.roofline.bounds.items(), key=lambda item: item[1])
+    return f"{100 * seconds / plan.roofline.step_seconds:.0f} % of the step is {name}"
+
+
+def _comparison(result: SearchResult, what: str, winner: Trial, other: Trial) -> list[str]:
+    """Where another trial loses its time, and what it gains."""
+    ours, theirs = result.score(winner), result.score(other)
+    unit = "time" if result.objective == "time" else "cost"
+    lines = [f"{what}: {_name(other)}, {100 * (theirs / ours - 1):.1f} % more {unit}"]
+    bounds = [collections.Counter(trial.plan.roofline.bounds) for trial in (winner, other)]
+    names = {name for bound in bounds for name in bound}
+    changes = {name: bounds[1][name] - bounds[0][name] for name in names}
+    step = winner.plan.roofline.step_seconds
+    notable = sorted(
+        ((name, change) for name, change in changes.items() if abs(change) > 0.005 * step),
+        key=lambda item: -abs(item[1]),
+    )
+    spent = [f"{_ms(change)} more on {name}" for name, change in notable if change > 0]
+    saved = [f"{_ms(-change)} less on {name}" for name, change in notable if change < 0]
+    text = f"it spends {', '.join(spent)} a step" if spent else "its steps are no slower"
+    lines.append(text + (f", and {', '.join(saved)}" if saved else ""))
+    peaks = [trial.plan.memory.peak / _GIB for trial in (winner, other)]
+    lines.append(f"memory per chip: {peaks[1]:.1f} GiB, and {peaks[0]:.1f} with the best")
+    return lines
+
+
+_CONFIG = '''r"""{base}, as a search would train it on {target}.
+
+Purpose:  the mesh and the memory that were found best by {objective}, of those that were tried.
+Hardware: {target}, {chips} chips.
+Expect:   {expect}, by the planner.
+Command:  python -m llm_jax.train --config {path} --workdir WORKDIR --data DATA
+"""
+
+from pathlib import Path
+
+import ml_collections
+
+from llm_jax.core.config import load
+
+BASE = Path(__file__).parent / {relative!r}
+OVERRIDES = (
+{overrides}
+)
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return load({loaded}, OVERRIDES)
+'''
+
+
+def write_config(
+    path: Path, base: str, trial: Trial, *, also: Sequence[str] = (), objective: Objective = "time"
+) -> None:
+    """Writes a config file that is `base` with a trial's choice; it reads base each time.
+
+    Args:
+      base: the config file of the search, as `core.config.load` takes it.
+      also: overrides that the search was started with, `section.key=value`.
+
+    Raises:
+      ConfigError: path is no .py file in a folder that exists.
+    """
+    if path.suffix != ".py" or not path.parent.is_dir():
+        raise ConfigError(f"config file {path}: expected a .py file in a folder that exists")
+    file, _, argument = base.partition(":")
+    target = trial.candidate.target
+    chosen = [f"{key}={value!r}" for key, value in trial.candidate.overrides.items()]
+    path.write_text(
+        _CONFIG.format(
+            base=Path(file).name,
+            target=target.name,
+            objective=objective,
+            chips=target.num_chips,
+            expect=_expectation(trial),
+            path=path,
+            relative=os.path.relpath(Path(file).resolve(), path.parent.resolve()),
+            overrides="\n".join(f"    {json.dumps(text)}," for text in [*also, *chosen]),
+            loaded=f'f"{{BASE}}:{argument}"' if argument else "str(BASE)",
+        )
+    )
+
+
+def _expectation(trial: Trial) -> str:
+    plan = trial.plan
+    if plan is None or plan.roofline is None:
+        return "not planned"
+    roofline = plan.roofline
+    mfu = "" if roofline.mfu is None else f" (MFU {100 * roofline.mfu:.0f} %)"
+    text = f"{_ms(roofline.step_seconds)} a step{mfu}, {plan.memory.peak / _GIB:.1f} GiB per chip"
+    if plan.cost is not None:
+        text += f"; {plan.cost.days:.1f} days for {plan.cost.tokens:.3g} tokens"
+    return text

@@ -1,0 +1,83 @@
+"""One run on several targets: compiled a few at a time, or estimated where there is no compiler."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_jax.core.config import to_dict
+from llm_jax.data.progress import Progress
+from llm_jax.planner import words
+from llm_jax.planner.compile import Request, compile_many
+from llm_jax.planner.estimate import estimate
+from llm_jax.planner.make import make_plan
+from llm_jax.planner.plan import Plan
+from llm_jax.planner.topology import parse_target
+from llm_jax.training.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """plans: in the order asked for. failures: why others have none, by target.
+
+    interrupted: by Ctrl-C; plans are those that were made until then.
+    """
+
+    plans: tuple[Plan, ...]
+    failures: dict[str, Exception]
+    interrupted: bool
+
+
+def plan_targets(
+    run: RunConfig,
+    names: Sequence[str],
+    *,
+    jobs: int,
+    cache: Path | None,
+    progress: Progress,
+    tokens: float | None = None,
+    price: float | None = None,
+) -> Answers:
+    """Plans a run on each target.
+
+    Args:
+      names: as topology.parse_target takes them.
+      jobs: compilations at a time.
+      cache: as of compile.compile_step.
+      tokens, price: as of make.make_plan.
+
+    Raises:
+      ConfigError: an unknown target.
+    """
+    targets = {name: parse_target(name) for name in names}
+    plans: dict[str, Plan] = {}
+    failures: dict[str, Exception] = {}
+    requests = []
+    interrupted = False
+    for name, target in targets.items():
+        if target.kind != "gpu":
+            requests.append(Request(to_dict(run), name))
+            continue
+        try:
+            plans[name] = estimate(run, target, tokens=tokens, price=price)
+        except ValueError as error:
+            failures[name] = error
+    if requests:
+        what = requests[0].target if len(requests) == 1 else f"{len(requests)} targets"
+        progress.start(f"compiling for {what}", len(requests))
+        try:
+            for request, step in compile_many(requests, jobs, cache):
+                if isinstance(step, Exception):
+                    failures[request.target] = step
+                else:
+                    target = targets[request.target]
+                    plan = make_plan(step, target, tokens=tokens, price=price)
+                    plans[target.name] = plan
+                    if len(targets) > 1:
+                        progress.say(f"{target.name}: {words.verdict(plan)}")
+                progress.advance(1)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            progress.finish()
+    ordered = tuple(plans[name] for name in targets if name in plans)
+    return Answers(ordered, failures, interrupted)

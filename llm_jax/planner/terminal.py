@@ -1,0 +1,298 @@
+"""Plans on a terminal: the verdict first, then where memory and time go, then what to change.
+
+Everything holds on 80 columns and without colour: pictures are bars that begin where the one above
+them ended, told apart by their place, and a list of arrays or operations turns from columns into
+blocks of lines where the columns have no room.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from llm_jax.planner import words
+from llm_jax.planner.plan import Cost, Exchange, LiveBuffer, Memory, Op, Plan, Roofline
+
+MOST_ROWS = 10
+WIDE = 132  # columns, from which lists have a column for everything
+BAR, WIDE_BAR = 26, 48
+PART_STYLES = {
+    "parameters": "blue", "optimizer": "bright_blue", "gradients": "green", "activations": "yellow",
+    "logits": "red", "attention": "magenta", "collectives": "bright_magenta", "batch": "cyan",
+    "temporaries": "white", "unused": "bright_black",
+}  # fmt: skip
+BOUND_STYLES = {"compute": "green", "memory": "blue", "other": "bright_black"}
+COMMUNICATION_STYLE = "yellow"
+# Of the ranking: columns of words, and those that a narrow terminal has no room for.
+_LEFT = ("target", "mesh", "rules", "remat", "fits", "bound")
+_UNDER = ("mesh", "rules", "remat", "micro", "days", "dollars")
+_UNITS = {"micro": " microbatches", "days": " days"}
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """The whole report of one target."""
+    _headline(plan, console)
+    _memory(plan.memory, console)
+    if plan.memory.buffers:
+        _buffers(words.largest_buffers(plan.memory, MOST_ROWS), console)
+    if plan.roofline is not None:
+        _time(plan.roofline, console)
+    _findings(plan, console)
+    if plan.cost is not None:
+        _cost(plan.cost, plan, console)
+    _footer(plan, console)
+
+
+def show_ranking(plans: Sequence[Plan], console: Console) -> None:
+    """Several plans side by side, a row each, in the order given."""
+    rows = words.ranking(plans)
+    if not rows:
+        return
+    columns = list(rows[0])
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+    # What does not fit in a line goes to a second one, under its target.
+    under = _UNDER if sum(widths.values()) + 2 * len(columns) > console.width else ()
+    first = [name for name in columns if name not in under]
+    _say(console, _line({name: name for name in first}, widths), "dim")
+    for row, plan in zip(rows, plans, strict=True):
+        line = Text(_line({name: row[name] for name in first}, widths))
+        if not plan.fits:
+            line.stylize("red")
+        console.print(line, no_wrap=True, overflow="ignore")
+        more = [row[name] + _UNITS.get(name, "") for name in under if row.get(name)]
+        change = next((f.change for f in plan.findings if f.change), None)
+        more += [f"try {change}"] if change and not plan.fits else []
+        if more:
+            _say(console, f"  {', '.join(more)}", "dim")
+    if any(plan.estimated for plan in plans):
+        _say(console, f"~ {words.ESTIMATED}", "dim")
+
+
+def _line(cells: Mapping[str, str], widths: Mapping[str, int]) -> str:
+    padded = (
+        text.ljust(widths[name]) if name in _LEFT else text.rjust(widths[name])
+        for name, text in cells.items()
+    )
+    return "  ".join(padded).rstrip()
+
+
+def _headline(plan: Plan, console: Console) -> None:
+    if plan.estimated:
+        _say(console, f"ESTIMATE: {words.ESTIMATED}", "bold yellow")
+    _say(console, words.subject(plan))
+    _say(console, words.verdict(plan), "bold green" if plan.fits else "bold red")
+    if not plan.fits:
+        change = next((f for f in plan.findings if f.change), None)
+        if change is not None:
+            _say(console, f"change: {change.change} ({change.text})", "bold")
+    time = plan.roofline
+    if time is None:
+        return
+    name, share = words.binding(time)
+    pace = f"{words.duration(time.step_seconds)} a step, {time.tokens_per_second:,.0f} tokens/s per chip"
+    said = [pace, words.utilization(time), f"bound by {name} ({words.percent(share)})"]
+    _say(console, "; ".join(filter(None, said)), "bold")
+
+
+def _memory(memory: Memory, console: Console) -> None:
+    _title(console, f"Memory per chip at the peak, {words.size(memory.peak)}")
+    parts = words.ordered_parts(memory)
+    _waterfall(parts, PART_STYLES, words.size, memory.peak, memory.capacity, console)
+    if memory.at:
+        _say(console, f"at {memory.at}", "dim")
+
+
+def _waterfall(
+    amounts: Mapping[str, float],
+    styles: Mapping[str, str],
+    text,
+    total: float,
+    capacity: float | None,
+    console: Console,
+) -> None:
+    """A stacked bar, taken apart: each piece on a line of its own, from where the last one ended."""
+    table = Table.grid(padding=(0, 2))
+    for justify in ("left", "left", "right", "right"):
+        table.add_column(justify=justify, no_wrap=True)
+    width = WIDE_BAR if _is_wide(console) else BAR
+    ascii_only = console.options.ascii_only
+    start = 0.0
+    for name, value in amounts.items():
+        style = styles.get(name, COMMUNICATION_STYLE)
+        piece = Text(_piece(start / total, (start + value) / total, width, ascii_only), style=style)
+        share = words.percent(value / total)
+        table.add_row(name, piece, text(value), share)
+        start += value
+    if capacity:
+        used = total / capacity
+        bar = Text(_piece(0, min(used, 1), width, ascii_only), style="red" if used > 1 else "green")
+        bar.pad_right(max(0, width - len(bar)), "." if ascii_only else "·")
+        table.add_row("of capacity", bar, f"{words.gib(capacity)} GiB", words.percent(used))
+    console.print(table)
+
+
+def _piece(start: float, end: float, width: int, ascii_only: bool) -> str:
+    """The characters from `start` to `end`, shares of `width`; at least one, however small."""
+    first = min(int(start * width), width - 1)
+    last = max(first + 1, round(end * width))
+    return " " * first + ("#" if ascii_only else "█") * (last - first)
+
+
+def _buffers(buffers: Sequence[tuple[int, LiveBuffer]], console: Console) -> None:
+    _title(console, f"The {len(buffers)} largest arrays at the peak")
+    if _is_wide(console):
+        table = _table(("size", "part", "array", "whole", "module", "source", "change"))
+        table.columns[0].justify = "right"
+        for count, b in buffers:
+            cells = (
+                words.size(b.bytes),
+                b.part,
+                words.array(b, count),
+                words.whole(b),
+                b.module,
+                b.source,
+            )
+            table.add_row(*map(escape, cells), f"[bold]{escape(words.remedy(b))}[/]")
+    else:
+        table = _blocks(("size", "part"))
+        for count, b in buffers:
+            lines = [
+                f"{words.array(b, count)} {words.whole(b)}".strip(),
+                f"{b.module} {b.source}".strip(),
+            ]
+            _add_block(table, (words.size(b.bytes), b.part), lines, words.remedy(b))
+    console.print(table)
+
+
+def _time(roofline: Roofline, console: Console) -> None:
+    _title(console, f"Time of a step, {words.duration(roofline.step_seconds)}, by what bounds it")
+    bounds = words.ordered_bounds(roofline.bounds)
+    _waterfall(bounds, BOUND_STYLES, words.duration, roofline.step_seconds, None, console)
+    ops = words.dearest_ops(roofline, MOST_ROWS)
+    if ops:
+        _ops(ops, roofline, console)
+    exchanges = words.dearest_exchanges(roofline)
+    if exchanges:
+        _exchanges(exchanges, console)
+
+
+def _ops(ops: Sequence[Op], roofline: Roofline, console: Console) -> None:
+    _title(console, f"The {len(ops)} dearest operations")
+    if _is_wide(console):
+        head = ("ms a step", "share", "times", "bound", "what", "pass", "module", "work", "source")
+        table = _table(head, left=head[3:])
+    else:
+        table = _blocks(("ms", "share", "times"))
+    for op in ops:
+        seconds = op.exposed * op.times
+        figures = (words.milliseconds(seconds), words.percent(seconds / roofline.step_seconds),
+                   f"{op.times:,}")  # fmt: skip
+        if _is_wide(console):
+            rest = (op.bound, op.kind, op.direction, op.module, words.work(op), op.source)
+            table.add_row(*figures, *map(escape, rest))
+        else:
+            what = f"{op.kind}, {op.direction}: {op.module} {words.work(op)}"
+            _add_block(table, figures, [what, f"{op.bound}, {op.source}".strip(", ")])
+    console.print(table)
+
+
+def _exchanges(exchanges: Sequence[Exchange], console: Console) -> None:
+    dearest = exchanges[:MOST_ROWS]
+    title = "Collectives"
+    if len(dearest) < len(exchanges):
+        title = f"The {len(dearest)} dearest of {len(exchanges)} collectives"
+    _title(console, title)
+    wide = _is_wide(console)
+    head = ("exposed ms", "ms each", "times", "bytes", "kind", "axes", "serves", "source")
+    table = _table(head, left=head[4:]) if wide else _blocks(("exposed ms", "ms each", "times"))
+    for e in dearest:
+        figures = (words.milliseconds(e.exposed * e.times), words.milliseconds(e.seconds),
+                   f"{e.times:,}")  # fmt: skip
+        serves = f"{e.role} {e.tensor}".strip()
+        if wide:
+            rest = (words.size(e.bytes), e.kind, e.axes, serves, e.source)
+            table.add_row(*figures, *map(escape, rest))
+        else:
+            what = f"{e.kind} over {e.axes}, {words.size(e.bytes)}, {e.direction}"
+            _add_block(table, figures, [what, f"{serves}, {e.source}".strip(", ")])
+    console.print(table)
+
+
+def _findings(plan: Plan, console: Console) -> None:
+    if not plan.findings:
+        return
+    _title(console, "Findings")
+    table = Table.grid(padding=(0, 1))
+    for finding in plan.findings:
+        cost = words.price_of(finding)
+        text = Text(finding.text + (f" ({cost})" if cost else ""))
+        where = Text(f"\n{finding.source}" if finding.source else "", style="dim")
+        change = Text(f"\ntry {finding.change}" if finding.change else "", style="bold")
+        table.add_row("-", Text(finding.kind, style="yellow"), text + where + change)
+    console.print(table)
+
+
+def _cost(cost: Cost, plan: Plan, console: Console) -> None:
+    _title(console, f"Training on {words.amount(cost.tokens)} tokens")
+    said = [words.days(cost.days), f"{cost.chip_hours:,.0f} chip-hours"]
+    if cost.dollars:
+        said.append(f"{words.money(cost.dollars)} at ${cost.dollars_per_chip_hour:g} per chip-hour")
+    _say(console, f"{', '.join(said)} on {words.chips(plan.num_chips)}", "bold")
+    _say(console, f"price: {cost.price_note}", "dim")
+
+
+def _footer(plan: Plan, console: Console) -> None:
+    said = [" ".join(pair) for pair in plan.versions.items()]
+    said += [f"{name} {words.duration(seconds)}" for name, seconds in plan.seconds.items()]
+    if plan.host_peak_bytes:
+        said.append(f"{words.size(plan.host_peak_bytes)} of this machine's memory")
+    line = "; ".join(filter(None, (", ".join(said), words.who_says(plan))))
+    if line:
+        console.print()
+        _say(console, line, "dim")
+
+
+def _table(columns: Sequence[str], left: Sequence[str] | None = None) -> Table:
+    """left: the columns of words; all of them by default."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
+    for name in columns:
+        is_left = left is None or name in left
+        table.add_column(name, justify="left" if is_left else "right", overflow="fold")
+    return table
+
+
+def _blocks(figures: Sequence[str]) -> Table:
+    """A few figures, and beside them lines of words."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in figures:
+        table.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
+    table.add_column("", overflow="fold", ratio=1)
+    return table
+
+
+def _add_block(
+    table: Table, figures: Sequence[str], lines: Sequence[str], last: str | None = None
+) -> None:
+    first, *others = [line for line in lines if line] or [""]
+    words_ = Text(first)
+    for line in others:
+        words_.append(f"\n{line}", style="dim")
+    if last:
+        words_.append(f"\n{last}", style="bold")
+    table.add_row(*map(escape, figures), words_)
+
+
+def _is_wide(console: Console) -> bool:
+    return console.width >= WIDE
+
+
+def _title(console: Console, text: str) -> None:
+    console.print()
+    _say(console, text, "bold underline")
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(text, style=style), soft_wrap=False)

@@ -1,0 +1,249 @@
+"""Time of a step: who says how long an op takes, what hides, what is left exposed."""
+
+import dataclasses
+import math
+
+import pytest
+
+from llm_jax.planner.chips import CHIPS
+from llm_jax.planner.compiled import CompiledStep, MeshAxis, Span
+from llm_jax.planner.kernels import Mask, cores
+from llm_jax.planner.roofline import read_roofline
+
+V5E, V5P, V6E = CHIPS["v5e"], CHIPS["v5p"], CHIPS["v6e"]
+RING = Span("link", 0, 16, True)
+MESH = (MeshAxis("data", 1, ()), MeshAxis("fsdp", 16, (RING,)))
+GROUPS = "replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}, use_global_device_ids=true"
+WEIGHT = "bf16[4096,4096]{1,0:T(8,128)(2,1)}"
+SHARE = "bf16[256,4096]{1,0:T(8,128)(2,1)}"
+GATHERED = 4096 * 4096 * 2 * 15 / 16 / (2 * V5E.link_bytes_per_second)
+CYCLES = 1_500_000  # a millisecond on v5e
+
+
+def step_of(*lines, before="", mesh=MESH, config=None):
+    body = "\n".join(f"  {line}" for line in lines)
+    text = f"HloModule m, num_partitions=16\n\n{before}\nENTRY %main () -> f32[] {{\n{body}\n}}\n"
+    return CompiledStep(
+        target="v5e:16x16", config=config or {"objective": {"name": "causal_lm"}}, mesh=mesh,
+        arguments=(), num_params=1, tokens_per_step=16_000, model_flops={"full": 6e9, "causal": 5e9},
+        seconds={}, host_peak_bytes=0, versions={}, memory=None, out_of_memory=None, hlo=text,
+        buffer_assignment="", live_ranges="",
+    )  # fmt: skip
+
+
+def timed(name, operands, cycles=CYCLES, result="f32[8]{0:S(1)}"):
+    return (
+        f"%{name} = {result} fusion({operands}), kind=kLoop, calls=%nothing, "
+        f'metadata={{op_name="jit(f)/jvp(stack)/layers/mlp/mul"}}, '
+        f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+    )
+
+
+NOTHING = "%nothing (p: f32[8]) -> f32[8] {\n  ROOT %p = f32[8] parameter(0)\n}\n"
+A = "%a = f32[8]{0:S(1)} parameter(0)"
+SHARD = f"%w = {SHARE} parameter(1)"
+START = (
+    f"%start = ({SHARE}, {WEIGHT}) all-gather-start(%w), {GROUPS}, dimensions={{0}}, "
+    'metadata={op_name="jit(f)/jvp(stack)/layers/mlp/btd,df->btf/dot_general"}'
+)
+DONE = f"%done = {WEIGHT} all-gather-done(%start)"
+
+
+def read(*lines, chip=V5E, **fields):
+    return read_roofline(step_of(*lines, before=fields.pop("before", NOTHING), **fields), chip)
+
+
+def op(roofline, name):
+    return next(one for one in roofline.ops if one.name == name)
+
+
+def test_the_bounds_sum_to_the_step_and_the_rates_follow():
+    roofline = read(A, SHARD, timed("x", "%a"), START, DONE, timed("y", "%x"))
+    assert math.fsum(roofline.bounds.values()) == pytest.approx(roofline.step_seconds, rel=1e-12)
+    exposed = sum(one.exposed * one.times for one in roofline.ops)
+    assert exposed == pytest.approx(roofline.step_seconds)
+    assert roofline.tokens_per_second == pytest.approx(1000 / roofline.step_seconds)
+    assert roofline.mfu == pytest.approx(6e12 / roofline.step_seconds / V5E.peak_flops)
+    assert roofline.mfu_causal == pytest.approx(roofline.mfu * 5 / 6)
+    assert roofline.from_compiler == pytest.approx(2e-3 / roofline.step_seconds)
+
+
+def test_efficiency_divides_all_times():
+    step = step_of(A, SHARD, timed("x", "%a"), START, DONE, before=NOTHING)
+    whole, half = read_roofline(step, V5E), read_roofline(step, V5E, efficiency=0.5)
+    assert half.step_seconds == pytest.approx(2 * whole.step_seconds)
+    assert half.exchanges[0].exposed == pytest.approx(2 * whole.exchanges[0].exposed)
+    assert (whole.efficiency, half.efficiency) == (1.0, 0.5)
+
+
+def test_a_gather_hides_behind_what_runs_beside_it():
+    alone = read(A, SHARD, START, DONE)
+    (exchange,) = alone.exchanges
+    assert (exchange.axes, exchange.kind, exchange.direction) == ("fsdp", "all-gather", "forward")
+    assert exchange.seconds == pytest.approx(GATHERED, rel=0.05)
+    assert exchange.exposed == exchange.seconds == alone.step_seconds
+    short = int(exchange.seconds / 2 * V5E.clock_hz)
+    half = read(A, SHARD, START, timed("x", "%a", short), DONE)
+    assert half.exchanges[0].exposed == pytest.approx(exchange.seconds / 2, rel=1e-3)
+    assert half.step_seconds == pytest.approx(exchange.seconds, rel=1e-3)
+    hidden = read(A, SHARD, START, timed("x", "%a", 10 * short), DONE)
+    assert hidden.exchanges[0].exposed == 0
+    assert list(hidden.bounds) == ["other"], "the unknown work of a fusion in VMEM"
+
+
+def test_gathers_under_way_share_their_links():
+    again = (
+        START.replace("%start", "%start2"),
+        DONE.replace("%done", "%done2").replace("%start", "%start2"),
+    )
+    both = read(A, SHARD, START, again[0], DONE, again[1])
+    assert both.step_seconds == pytest.approx(2 * read(A, SHARD, START, DONE).step_seconds)
+
+
+def test_a_synchronous_collective_is_exposed_and_delays_what_is_under_way():
+    reduce = f"%r = f32[4096]{{0}} all-reduce(%v), {GROUPS}, to_apply=%add"
+    vector = "%v = f32[4096]{0} parameter(2)"
+    lines = (A, SHARD, vector, START, reduce, DONE)
+    small, large = (one.seconds for one in reversed(read(*lines).exchanges))
+    assert [one.exposed for one in read(*lines).exchanges] == pytest.approx([large, small])
+    assert read(*lines).bounds == pytest.approx({"communication fsdp": large + small})
+
+
+def test_copies_between_memories_hide_too():
+    lines = (
+        "%h = bf16[4096,4096]{1,0} parameter(0)",
+        "%s = (bf16[4096,4096]{1,0:S(1)}, bf16[4096,4096]{1,0}, u32[]{:S(2)}) copy-start(%h)",
+        "%x = f32[8]{0:S(1)} parameter(1)",
+        timed("work", "%x", 10_000),
+        "%d = bf16[4096,4096]{1,0:S(1)} copy-done(%s)",
+    )
+    copied = op(read(*lines), "s")
+    whole = 4096 * 4096 * 2 / V5E.hbm_bytes_per_second
+    assert (copied.kind, copied.bound, copied.seconds) == ("copy", "memory", pytest.approx(whole))
+    assert copied.exposed == pytest.approx(whole - 10_000 / V5E.clock_hz)
+
+
+def test_loops_multiply_and_the_dearest_branch_counts():
+    before = f"""{NOTHING}
+%one (p: f32[8]) -> f32[8] {{
+  {A}
+  ROOT {timed("cheap", "%a", 1000)}
+}}
+
+%two (p: f32[8]) -> f32[8] {{
+  {A}
+  ROOT {timed("dear", "%a", 3000)}
+}}
+
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %t = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8]{{0:S(1)}} get-tuple-element(%t), index=1
+  %step = s32[] constant(1)
+  %next = s32[] add(%i, %step)
+  %y = f32[8] conditional(%i, %x, %x), branch_computations={{%one, %two}}
+  ROOT %out = (s32[], f32[8]) tuple(%next, %y)
+}}
+
+%cond (t: (s32[], f32[8])) -> pred[] {{
+  %t = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] constant(12)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}}
+"""
+    roofline = read(
+        A,
+        "%zero = s32[] constant(0)",
+        "%t = (s32[], f32[8]) tuple(%zero, %a)",
+        "ROOT %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body",
+        before=before,
+    )
+    names = {one.name: one.times for one in roofline.ops}
+    assert names["dear"] == 12
+    assert "cheap" not in names
+    assert op(roofline, "dear").exposed * 12 == pytest.approx(12 * 3000 / V5E.clock_hz)
+
+
+PRODUCT = (
+    "%x = bf16[4096,4096]{1,0} parameter(0)",
+    "%y = bf16[4096,4096]{1,0} parameter(1)",
+    "ROOT %z = bf16[4096,4096]{1,0} convolution(%x, %y), dim_labels=bf_io->bf",
+)
+
+
+def test_without_cycles_the_roofline_decides():
+    product = op(read(*PRODUCT), "z")
+    assert (product.by, product.bound, product.kind) == ("roofline", "compute", "matmul")
+    assert product.seconds == pytest.approx(2 * 4096**3 / V5E.peak_flops)
+    slow = dataclasses.replace(V5E, hbm_bytes_per_second=1e9)
+    assert op(read(*PRODUCT, chip=slow), "z").bound == "memory"
+
+
+def test_cycles_nobody_knows_are_no_cycles():
+    unknown = PRODUCT[-1] + ', backend_config={"estimated_cycles":"9223372036854775807"}'
+    assert op(read(*PRODUCT[:2], unknown), "z").by == "roofline"
+    assert read(A).step_seconds == 0
+    assert read(A).mfu == 0
+
+
+def splash(part, rows=4, heads=8, length=4096, head_dim=128, block=512):
+    shape = f"bf16[{rows},{heads},{length},{head_dim}]{{3,2,1,0}}"
+    grid = length // block
+    names = {"fwd": "", "dq": "_dq", "dkv": "_dkv"}[part]
+    return (
+        f"%next = s8[1,{grid},{grid}]{{2,1,0}} parameter(0)",
+        *(f"%{name} = {shape} parameter({i})" for i, name in enumerate("qkv", 1)),
+        f"%splash_mha_{part}_segmented.1 = ({shape}) custom-call(%next, %next, %q, %k, %v), "
+        'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+        f'"xprof_metadata":"{{\\"block_q{names}\\": {block}, \\"block_kv{names}\\": {block}}}"\n'
+        f'}}}}, metadata={{op_name="jit(f)/splash_mha_{part}"}}',
+    )
+
+
+@pytest.mark.parametrize(("part", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_splash_attention_visits_the_blocks_of_its_mask(part, products):
+    causal = op(read(*splash(part)), f"splash_mha_{part}_segmented.1")
+    assert (causal.kind, causal.by) == ("attention", "kernel")
+    blocks = 8 * 9 // 2
+    assert causal.flops == 2 * products * 128 * 4 * 8 * blocks * 512 * 512
+    share = causal.flops / V5E.peak_flops / causal.seconds
+    assert 0.5 < share < 1, "never faster than the matrix unit"
+    full = op(read(*splash(part), config={"objective": {"name": "other"}}), causal.name)
+    assert full.flops == pytest.approx(causal.flops * 64 / 36)
+    assert full.seconds > 1.5 * causal.seconds
+
+
+def test_narrow_heads_leave_half_of_a_wide_matrix_unit_idle():
+    on_v6e = [op(read(*splash("dkv", head_dim=h), chip=V6E), "splash_mha_dkv_segmented.1")
+              for h in (128, 256)]  # fmt: skip
+    shares = [one.flops / V6E.peak_flops / one.seconds for one in on_v6e]
+    assert shares[0] <= 0.5
+    assert shares[1] > 1.5 * shares[0]
+
+
+def test_a_chip_of_two_cores_splits_the_rows_of_a_batch():
+    name = "splash_mha_dq_segmented.1"
+    assert (cores(V5E), cores(V5P), cores(V6E), cores(CHIPS["tpu7x"])) == (1, 2, 1, 1)
+    two, one = (op(read(*splash("dq", rows=r), chip=V5P), name).seconds for r in (2, 1))
+    assert one == pytest.approx(two), "one row keeps one core busy"
+
+
+def test_visible_blocks_of_windows():
+    assert Mask(True, None).blocks(8, 1, 1) == 36
+    assert Mask(True, 2).blocks(8, 1, 1) == 15
+    assert Mask(False, None).blocks(8, 2, 4) == 8
+    assert Mask(True, 3).blocks(8, 2, 2) == 4 + 3
+
+
+def test_ragged_products_count_a_tile_more_per_expert():
+    lines = (
+        "%rows = bf16[4096,512]{1,0} parameter(0)",
+        "%w = bf16[4,512,1024]{2,1,0} parameter(1)",
+        '%ragged-dot-none.1 = bf16[4096,1024]{1,0} custom-call(%rows, %w), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={ragged_dot_tiling="128,512,1024"}, '
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"4294967296"}}}',
+    )
+    product = op(read(*lines), "ragged-dot-none.1")
+    assert product.flops == 2 * 4096 * 512 * 1024
+    assert product.seconds == pytest.approx(product.flops / V5E.peak_flops * (32 + 3) / 32)
