@@ -156,14 +156,13 @@ def test_plans_come_in_the_order_asked_for(monkeypatch):
 
 def test_compare_fails_over_its_thresholds(monkeypatch, capsys, tmp_path):
     small = fake_plans.plan()
-    made = iter([fake_plans.too_large(), small])  # the new one is planned first
+    made = iter([small, fake_plans.too_large()])
     monkeypatch.setattr(answers, "plan_targets", lambda *a, **k: Answers((next(made),), {}, False))
     asked = question("v5p:4x4x4", compare="configs/gpt_1b.py", max_increase="memory=5")
     assert answer(asked) == 1
     assert "error: memory" in capsys.readouterr().err
     made = iter([small, small])
     assert answer(asked) == 0
-    made = iter([small])
     with pytest.raises(ConfigError, match="no commit"):
         answer(question("v5p:4x4x4", compare="no_such_thing"))
 

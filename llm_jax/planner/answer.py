@@ -71,18 +71,17 @@ def _report(run: RunConfig, question: Question, console: Console) -> int:
     """All about one target; of several a table."""
     answers = _answers(run, question)
     plans, failures = answers.plans, answers.failures
-    if len(question.topology) == 1:
-        for error in failures.values():
-            raise error
-        if plans:
-            show_plan(plans[0], console)
-    else:
+    alone = len(question.topology) == 1
+    if alone and failures:
+        raise failures[question.topology[0]]
+    content = [plan.to_dict() for plan in plans]
+    _publish(question, content[0] if alone and content else {"plans": content}, plans)
+    if not alone:
         show_ranking(plans, console)
+    elif plans:
+        show_plan(plans[0], console)
     for name, error in failures.items():
         print(f"error: {name}: {error}", file=sys.stderr)
-    content = [plan.to_dict() for plan in plans]
-    alone = len(question.topology) == 1 and content
-    _publish(question, content[0] if alone else {"plans": content}, plans)
     if answers.interrupted:
         return INTERRUPTED
     return FAILED if failures else _status(plans)
@@ -99,14 +98,14 @@ def _search(run: RunConfig, question: Question, console: Console) -> int:
     plans = [trial.plan for trial in result.trials if trial.plan is not None]
     reasons = search.explain(result)
     show_ranking(plans, console)
+    for line in reasons:
+        console.print(line, markup=False, highlight=False)
     if question.write_config and result.winner:
         search.write_config(
             question.write_config, question.config, result.winner,
             also=question.overrides, objective=question.rank,
         )  # fmt: skip
-        reasons.append(f"wrote {question.write_config}")
-    for line in reasons:
-        console.print(line, markup=False, highlight=False)
+        console.print(f"wrote {question.write_config}", markup=False, highlight=False)
     _publish(question, {"reasons": reasons, "plans": [p.to_dict() for p in plans]}, plans, reasons)
     return INTERRUPTED if result.interrupted else _status(plans)
 
@@ -114,12 +113,17 @@ def _search(run: RunConfig, question: Question, console: Console) -> int:
 def _compare(run: RunConfig, question: Question, console: Console) -> int:
     """This config beside another one, or beside itself at another commit."""
     limits = diff.parse_thresholds(question.max_increase)
-    new, target = _plan(run, question), question.topology[0]
+    names = [Path(question.compare).stem, Path(question.config).stem]
     if Path(question.compare.partition(":")[0]).is_file():
         old = _plan(resolve(load(question.compare)), question)
+        if names[0] == names[1]:
+            names = ["as it is", "with these flags"]
     else:
+        target = question.topology[0]
         old = other_commit(question.compare, question.config, question.overrides, target)
-    changes = diff.compare(old, new, Path(question.compare).stem, Path(question.config).stem)
+        names = [question.compare, "here"]
+    new = _plan(run, question)
+    changes = diff.compare(old, new, *names)
     diff.show(changes, console)
     over = changes.exceeds(limits)
     for line in over:
@@ -130,8 +134,8 @@ def _compare(run: RunConfig, question: Question, console: Console) -> int:
 
 def _plan(run: RunConfig, question: Question) -> Plan:
     answers = _answers(run, question)
-    for error in answers.failures.values():
-        raise error
+    if answers.failures:
+        raise answers.failures[question.topology[0]]
     if answers.interrupted:
         raise KeyboardInterrupt
     return answers.plans[0]

@@ -1,13 +1,14 @@
 """What an instruction of a scheduled HLO module costs: FLOPs of its matrix products, bytes of HBM.
 
-Counted as by metrics.throughput: a multiply-add is 2 FLOPs, and only matrix products have any; what
-norms, activations and the optimizer compute is bound by memory. Shapes are those of one device, so are
-the costs. The TPU compiler writes each product as a `convolution`, batched ones with a window that
-meets one place of the input for each of the output, so only pairs that meet are counted.
+Counted as by metrics.throughput: a multiply-add is 2 FLOPs, and only matrix products have any;
+what norms, activations and the optimizer compute is bound by memory. Shapes are those of one
+device, so are the costs. The TPU compiler writes each product as a `convolution`, batched ones
+with a window that meets one place of the input for each of the output, so only pairs that meet are
+counted.
 
-Bytes are those of operands and results in HBM. What lies in VMEM (a layout with `S(1)`) was paid for by
-the copy that brought it there. Of an array that a fusion only slices, indexes or updates in place the
-touched part counts.
+Bytes are those of operands and results in HBM. What lies in VMEM (a layout with `S(1)`) was paid
+for by the copy that brought it there. Of an array that a fusion only slices, indexes or updates in
+place the touched part counts.
 """
 
 import functools
@@ -15,12 +16,12 @@ import math
 import re
 from collections.abc import Sequence
 
-from llm_jax.planner.hlo_text import Computations, Instruction, array_bytes, root
+from llm_jax.planner.hlo_text import Computations, Instruction, root
 
 # Views of their operands, or values that never reach memory.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "opt-barrier", "after-all",
          "partition-id", "replica-id", "add-dependency", "domain"}  # fmt: skip
-_VIEWS = {"bitcast", "get-tuple-element", "copy", "reshape", "convert"}
+_VIEWS = {"bitcast", "get-tuple-element", "reshape", "convert"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul")
 
@@ -80,8 +81,8 @@ class Costs:
         inputs, kernel, outputs = sizes
         pairs = 1
         for index, axis in enumerate(sorted(a for a in outputs if a.isdigit())):
-            window = _Window.of(one.attributes, index)
-            pairs *= window.pairs(inputs[axis], kernel[axis], outputs[axis])
+            sizes_along = (inputs[axis], kernel[axis], outputs[axis])
+            pairs *= _window_pairs(one.attributes, index, *sizes_along)
         return 2.0 * outputs["b"] * outputs["f"] * kernel["i"] * pairs
 
     def bytes(self, where: str, one: Instruction) -> float:
@@ -100,14 +101,19 @@ class Costs:
             return sum(read) + self._written(target, one)
         touched = _touched_by(one, operands, one.operand_names[:1])
         if touched is not None:
-            rest = sum(outside[1:]) if one.opcode != "dynamic-update-slice" else 0
-            return touched * 2 + (rest if one.opcode == "scatter" else 0)
+            part = touched if outside[0] else 0.0
+            if one.opcode in _SLICES:
+                return part + _in_hbm(one)
+            # A scatter adds to what is there, so it reads it first.
+            return part + outside[-1] + (part if one.opcode == "scatter" else 0.0)
         return sum(outside) + _in_hbm(one)
 
     def _touched(self, target: str, index: int, whole: float) -> float:
         """Bytes that a fused computation reads of its parameter number `index`."""
         inner = self._computations.get(target, [])
-        given = next((p for p in inner if p.opcode == "parameter" and p.operands == str(index)), None)
+        given = next(
+            (p for p in inner if p.opcode == "parameter" and p.operands == str(index)), None
+        )
         if given is None or not whole:
             return whole
         return self._read(target, given.name, whole)
@@ -115,7 +121,7 @@ class Costs:
     def _read(self, target: str, name: str, whole: float) -> float:
         total = 0.0
         for user in self._users(target).get(name, ()):
-            if user.opcode in _VIEWS and user.opcode != "copy" and not user.is_root:
+            if user.opcode in _VIEWS and not user.is_root:
                 total += self._read(target, user.name, whole)
             elif user.opcode == "fusion":
                 (called,) = user.called("calls")
@@ -182,32 +188,26 @@ def _in_hbm(one: Instruction) -> float:
     return sum(array.bytes for array in one.arrays if array.space == 0)
 
 
-class _Window:
-    """One dimension of a convolution's window."""
-
-    def __init__(self, stride: int, low: int, left: int, right: int):
-        self.stride, self.low, self.left, self.right = stride, low, left, right
-
-    @classmethod
-    def of(cls, attributes: str, index: int) -> "_Window":
-        found = re.search(r"window=\{([^}]*)\}", attributes)
-        fields = dict(field.split("=") for field in found[1].split()) if found else {}
-        part = lambda name, default: fields.get(name, "").split("x")[index : index + 1] or [default]  # noqa: E731
-        number = lambda name: int(part(name, "")[0] or 1)  # noqa: E731
-        low = part("pad", "0_0")[0] or "0_0"
-        return cls(
-            number("stride"), int(low.split("_")[0]), number("lhs_dilate"), number("rhs_dilate")
-        )
-
-    def pairs(self, inputs: int, kernel: int, outputs: int) -> int:
-        """Places of the kernel and of the output that meet a place of the input."""
-        return _pairs(inputs, kernel, outputs, self.stride, self.low, self.left, self.right)
+def _window_pairs(attributes: str, index: int, inputs: int, kernel: int, outputs: int) -> int:
+    """`_pairs` along one dimension of a convolution's window."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(field.split("=") for field in found[1].split()) if found else {}
+    along = lambda name, default: fields[name].split("x")[index] if name in fields else default  # noqa: E731
+    number = lambda name: int(along(name, "1"))  # noqa: E731
+    low = int(along("pad", "0_0").partition("_")[0])
+    return _pairs(
+        inputs, kernel, outputs, number("stride"), low, number("lhs_dilate"), number("rhs_dilate")
+    )
 
 
 @functools.cache
 def _pairs(
     inputs: int, kernel: int, outputs: int, stride: int, low: int, left: int, right: int
 ) -> int:
+    """Places of the kernel and of the output that meet a place of the input.
+
+    low: padding before the input; left, right: dilation of the input and of the kernel.
+    """
     if left == right == stride == 1 and kernel * outputs > 1:
         # Output o meets the places k with 0 <= o + k - low < inputs.
         small, large = sorted((kernel, outputs))
@@ -220,8 +220,3 @@ def _pairs(
         for k in range(kernel)
         for at in (o * stride + k * right - low,)
     )
-
-
-def result_bytes(one: Instruction) -> int:
-    """Of all arrays of the result, wherever they lie."""
-    return sum(array_bytes(dtype, shape) for dtype, shape in one.shapes)

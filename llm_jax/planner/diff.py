@@ -198,6 +198,9 @@ def show(diff: Diff, console: Console) -> None:
 
 
 def _show_exchanges(diff: Diff, console: Console) -> None:
+    if None in (diff.communication.old, diff.communication.new):
+        console.print("collectives are not compared: a plan has no program that could be timed")
+        return
     if not diff.exchanges:
         console.print("the same collectives", highlight=False)
         return

@@ -41,8 +41,7 @@ def estimate(
         raise ConfigError(f"topology {target.name!r}: devices that are there are compiled for")
     start = time.perf_counter()
     placement = place(run, target)
-    memory = footprint(run, placement)
-    roofline = pace(run, placement)
+    memory, roofline = footprint(run, placement), pace(run, placement)
     cost = None
     if tokens is not None and roofline is not None:
         rate = roofline.tokens_per_second

@@ -1,9 +1,9 @@
 """What a compiled program will do, read from its HLO text: collectives, loops, cycles, buffers.
 
 `analyse(compiled.as_text())` walks the scheduled computations from the entry and multiplies by the
-trip counts of the loops, so its numbers are per step. The TPU compiler notes estimated cycles on what
-its own code generator makes; Pallas kernels and collectives carry none. They are counted in `untimed`,
-and `cycles` is the rest.
+trip counts of the loops, so its numbers are per step. The TPU compiler notes estimated cycles on
+what its own code generator makes; Pallas kernels and collectives carry none. They are counted in
+`untimed`, and `cycles` is the rest.
 """
 
 import collections

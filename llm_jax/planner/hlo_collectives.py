@@ -1,8 +1,9 @@
 """Collectives of an HLO text: where they hide, what they move, which devices take part.
 
 They hide in fusions: a reduce-scatter is a fusion of an all-reduce and a slice, an asynchronous
-collective runs inside the fusions of matrix products, once in each, with one `chain_id`. On TPU7x they
-are calls to programs of the SparseCores (`call-start`), between slices transfers to the hosts (`send`).
+collective runs inside the fusions of matrix products, once in each, with one `chain_id`. On TPU7x
+they are calls to programs of the SparseCores (`call-start`), between slices transfers to the hosts
+(`send`).
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """HLO text to instructions: what `compiled.as_text()` of the TPU and the CPU compiler prints.
 
-A line reads `%name = RESULT opcode(OPERANDS), ATTRIBUTES`. Results nest tuples and carry layouts with
-brackets of their own (`{1,0:T(8,128)(2,1)S(1)}`), so lines are cut at balanced brackets. The attributes
-of a kernel run over several lines. The computations of a scheduled module list their instructions in
-the order in which they run.
+A line reads `%name = RESULT opcode(OPERANDS), ATTRIBUTES`. Results nest tuples and carry layouts
+with brackets of their own (`{1,0:T(8,128)(2,1)S(1)}`), so lines are cut at balanced brackets. The
+attributes of a kernel run over several lines. The computations of a scheduled module list their
+instructions in the order in which they run.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ Computations = dict[str, list["Instruction"]]
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a result. space: of memory, 0 is HBM, 1 VMEM, others are registers and scalars."""
+    """One array of a result. space: of memory; 0 is HBM, 1 VMEM, 5 the host's."""
 
     dtype: str
     shape: tuple[int, ...]

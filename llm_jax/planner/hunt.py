@@ -2,7 +2,7 @@
 
 Arithmetic scores every choice of space.py once. What the compiler then says of one corrects the
 estimates of those like it, so a strategy that turned out larger or slower falls back with all its kin.
-In the first half every target and every strategy gets its turn, the most promising first; then whatever
+In the first half every generation, slice and strategy gets its turn, the most promising first; then whatever
 promises to beat the best.
 """
 
@@ -133,8 +133,8 @@ class Hunt:
         """
         picked: list[Candidate] = []
         exploring = len(self.trials) < (self.compiles + 1) // 2
-        promising = list(self._promising(exploring))
-        for look in (_target, _strategy, _mesh) if exploring else (_policy,):
+        promising = [c for c in self._promising(exploring) if c.target.kind == "tpu"]
+        for look in (_chip, _target, _strategy, _mesh) if exploring else (_policy,):
             seen = {look(trial.candidate) for trial in self.trials} | {look(c) for c in picked}
             for candidate in promising:
                 if len(picked) == count:
@@ -171,10 +171,13 @@ class Hunt:
         best = min((self._measured(t) for t in self.trials if t.fits), default=None)
         if best is None and ranked:
             best = expected(ranked[0])
-        answered = {t.candidate.target for t in self.trials if t.fits}
-        failures = collections.Counter(t.candidate.target for t in self.trials if not t.fits)
+        # Each slice that was named gets an answer; of many, each generation.
+        each = _target if 2 * len({c.target for c in ranked}) <= self.compiles else _chip
+        answered = {each(t.candidate) for t in self.trials if t.fits}
+        failures = collections.Counter(each(t.candidate) for t in self.trials if not t.fits)
         for candidate in ranked:
-            wanted = candidate.target not in answered and failures[candidate.target] < _PATIENCE
+            key = each(candidate)
+            wanted = key not in answered and failures[key] < _PATIENCE
             if wanted or expected(candidate) <= (_NEAR if exploring else _WORTH) * best:
                 yield candidate
 

@@ -1,20 +1,20 @@
 """How long a Pallas kernel takes on a TPU; the compiler's own estimates leave them out.
 
-Splash attention. Its grid goes over heads, blocks of queries and blocks of keys; a block of scores that
-the mask hides costs a step without a body. The body is straight-line code, so libtpu's final VLIW
-bundles, one a cycle, say what it takes (libtpu 0.0.42, dumped by `--xla_jf_dump_to`, which writes a file
-`final_bundles` per kernel; T 2048, head_dim 128, causal, segments). `_BUNDLES` has them: `scores` per 8 x 128
-scores in the body, `step` per grid step around it, `edge` per 8 queries (of dkv: keys) where a block of
-sums begins and ends. Where the matrix unit is slower than the bundles it decides: each of the body's
-products multiplies 8 x 128 scores by head_dim, and one narrower than the array uses it like a full one,
-so head_dim 128 runs the arrays of v6e and TPU7x, 256 wide, at half their rate. For a head_dim of 256 the
-bundles are up to 14 % more than assumed.
+Splash attention. Its grid goes over heads, blocks of queries and blocks of keys; a block of scores
+that the mask hides costs a step without a body. The body is straight-line code, so libtpu's final
+VLIW bundles, one a cycle, say what it takes (libtpu 0.0.42, dumped by `--xla_jf_dump_to`, which
+writes a file `final_bundles` per kernel; T 2048, head_dim 128, causal, segments). `_BUNDLES` has
+them: `scores` per 8 x 128 scores in the body, `step` per grid step around it, `edge` per 8 queries
+(of dkv: keys) where a block of sums begins and ends. Where the matrix unit is slower than the
+bundles it decides: each of the body's products multiplies 8 x 128 scores by head_dim, and one
+narrower than the array uses it like a full one, so head_dim 128 runs the arrays of v6e and TPU7x,
+256 wide, at half their rate. For a head_dim of 256 the bundles are up to 14 % more than assumed.
 
-Other kernels may state a cost ("cost_estimate" in their backend_config): their FLOPs take the matrix unit's
-rate. Grouped products of a mixture of experts (megablox `gmm` and `tgmm`, the compiler's own `ragged-dot`) run
-tile by tile, and every expert but one adds up to a tile that two of them share; all rows of their
-buffers count, full or not. Of what states nothing only the arrays are known: it takes as long as
-HBM does.
+Other kernels may state a cost ("cost_estimate" in their backend_config): their FLOPs take the
+matrix unit's rate. Grouped products of a mixture of experts (megablox `gmm` and `tgmm`, the
+compiler's own `ragged-dot`) run tile by tile, and every expert but one adds up to a tile that two
+of them share; all rows of their buffers count, full or not. Of what states nothing only the arrays
+are known: it takes as long as HBM does.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ class Mask:
 
 @dataclasses.dataclass(frozen=True)
 class KernelCost:
-    """Of one run on one jax device. flops of its matrix products; seconds None where HBM decides."""
+    """Of a run on one jax device. flops: of matrix products; seconds: None where HBM decides."""
 
     kind: Kind
     flops: float
@@ -113,7 +113,7 @@ def kernel_cost(
 
 
 def _stated(one: Instruction, moved: float, chip: Chip, more: float) -> KernelCost:
-    """By the kernel's own estimate of its FLOPs; more: times these are done, tiles counted whole."""
+    """By the kernel's own estimate of its FLOPs; more: how often these are done, on average."""
     found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.attributes)
     flops = float(found[1]) if found else 0.0
     if not flops or chip.peak_flops is None:

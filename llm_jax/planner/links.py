@@ -1,24 +1,26 @@
 """How long a collective takes on the links that its mesh axes run over.
 
-A chip of a torus has two links per dimension, one in the dimension of an open line's end. In an
-all-gather of B bytes over N chips each chip must receive B (N-1)/N, and it can at no more than the rate
-of the links into it. Algorithms that send parts ("colours") around all dimensions at once in rotated
-order reach that: time = B (N-1)/N / (links x rate). On an open line the chip at the end has one link, and
-no other link carries more, so a dimension counts 2 links as a ring and 1 as a line. A reduce-scatter is
-the same backwards, an all-reduce both. libtpu says which algorithm it takes: "3DAllGather" goes around
-three dimensions, "colors:2" are two, of one direction each where it says so; fewer than there are
-links leave the others idle.
+A chip of a torus has two links per dimension, the chip at the end of an open line one. In an
+all-gather of B bytes over N chips each chip must receive B (N-1)/N, and it can at no more than the
+rate of the links into it. Algorithms that send parts ("colours") around all dimensions at once in
+rotated order reach that: time = B (N-1)/N / (links x rate). On an open line the chip at the end has
+one link, and no other link carries more, so a dimension counts 2 links as a ring and 1 as a line. A
+reduce-scatter is the same backwards, an all-reduce both. libtpu says which algorithm it takes:
+"3DAllGather" goes around three dimensions, "colors:2" are two, of one direction each where it says
+so; fewer than there are links leave the others idle.
 
-An all-to-all of B bytes per chip is bounded by the cut through the middle of the longest dimension n: half
-of the chips send half of their bytes to the other half over 2 links per row (1 on a line): n B / 8 or
-n B / 4 over the rate. A permute by k places loads each link k times.
+An all-to-all of B bytes per chip is bounded by the cut through the middle of the longest dimension,
+n: half of the chips send half of their bytes to the other half over 2 links per row (1 on a line):
+n B / 8 or n B / 4 over the rate. A permute by k places loads each link k times.
 
-Two devices of one chip share its links; where they are in different groups, both groups' bytes cross
-them. Between slices and hosts a collective is two-level: within a slice over links, and each chip's share
-over the network.
+GPUs of a host hang on a switch by one port each: one link that reaches every other in one hop.
 
-Every hop adds about a microsecond (Austin et al., How to Scale Your Model, 2025, jax-ml.github.io/
-scaling-book, "Sharded matrices"), every message of the network about ten.
+Two devices of one chip share its links; where they are in different groups, both groups' bytes
+cross them. Between slices and hosts a collective is two-level: within a slice over links, and each
+chip's share over the network.
+
+Every hop adds about a microsecond (Austin et al., How to Scale Your Model, 2025,
+jax-ml.github.io/scaling-book, "Sharded matrices"); a message of the network is assumed to add ten.
 """
 
 import dataclasses
@@ -34,7 +36,8 @@ from llm_jax.planner.hlo_collectives import PERMUTE, Collective
 
 HOP_SECONDS = 1e-6
 NETWORK_SECONDS = 10e-6
-# Between the two devices of a chip, in links ("Cloud TPU7x": six times the bandwidth of an ICI link).
+# Between the two devices of a chip: six times the bandwidth of a link between chips
+# (docs.cloud.google.com/tpu/docs/tpu7x).
 CORE_LINKS = 6
 
 
@@ -42,8 +45,8 @@ CORE_LINKS = 6
 class Crossing:
     """What one group of a collective runs over.
 
-    axes: the mesh axes, "fsdp" or "fsdp+expert", "none" for a group of one. spans: of these axes, as far as
-    the group covers them. distance: places that a permute moves by along its axis.
+    axes: the mesh axes, "fsdp" or "fsdp+expert", "none" for a group of one. spans: of these axes,
+    as far as the group covers them. distance: places that a permute moves by along its axis.
     """
 
     axes: str
@@ -82,7 +85,7 @@ def _permuted(pairs: np.ndarray, mesh: Sequence[MeshAxis], sizes: Sequence[int])
     source, target = (np.array(np.unravel_index(pairs[:, end], sizes)) for end in (0, 1))
     steps = np.abs(target - source)
     moved = [index for index, row in enumerate(steps) if row.any()]
-    # The way that most take; those at the end of a line go back all of it, on links nobody else uses.
+    # The way that most take; from the end of a line all the way back, on links nobody else uses.
     distances = [int(np.bincount(row[row > 0]).argmax()) for row in steps[moved]]
     axes = [mesh[index] for index in moved]
     distance = max(
@@ -140,16 +143,17 @@ def _link_seconds(collective: Collective, cross: Crossing, chip: Chip) -> float:
         )
     # The devices of a chip that are in other groups send over the same links.
     moved = collective.bytes * chip.devices / cores
+    chips, switched = math.prod(span.size for span in spans), chip.links == 1
     hops = sum(span.size // 2 if span.ring else span.size - 1 for span in spans)
+    latency = HOP_SECONDS * (1 if switched else hops)
     if collective.kind in (PERMUTE, "collective-broadcast"):
-        return moved * cross.distance / rate + HOP_SECONDS * cross.distance
-    if collective.kind in ("all-to-all", "ragged-all-to-all"):
+        distance = 1 if switched else cross.distance
+        return moved * distance / rate + HOP_SECONDS * distance
+    if collective.kind in ("all-to-all", "ragged-all-to-all") and not switched:
         cut = max(span.size / (8 if span.ring else 4) for span in spans)
-        return moved * cut / rate + HOP_SECONDS * hops
-    chips = math.prod(span.size for span in spans)
-    passes = _passes(collective.kind)
-    lanes = links_used(spans, collective.strategy)
-    return passes * (moved * (chips - 1) / chips / (lanes * rate) + HOP_SECONDS * hops)
+        return moved * cut / rate + latency
+    lanes = min(links_used(spans, collective.strategy), chip.links)
+    return _passes(collective.kind) * (moved * (chips - 1) / chips / (lanes * rate) + latency)
 
 
 def links_used(spans: Sequence[Span], strategy: str = "") -> int:

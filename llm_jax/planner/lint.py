@@ -9,7 +9,8 @@ the rules, sharding/rules.py) says which ones belong to a step:
 | data                    | gradients reduced                                                    |
 | tensor                  | activations summed; with rules "sequence" gathered and scattered too |
 | context                 | keys and values gathered by attention                                |
-| pipeline                | activations handed on, the batch spread before and after             |
+| pipeline                | activations handed on, the batch spread before and after, and all    |
+|                         | layers of a stage gathered at once                                   |
 | any                     | what code asks for by name (`all_gather`, `ppermute`, ...)           |
 
 Everything else is found here, as is what should have been in shares or in chunks.
@@ -106,11 +107,13 @@ class _Facts:
 
 def _whole_gathers(facts: _Facts) -> Iterator[Finding]:
     """Parameters of all layers gathered at once, before or outside the loop over layers."""
-    unroll = facts.setting("model", "scan_unroll", 1)
+    unroll, stages = facts.setting("model", "scan_unroll", 1), facts.mesh.get("pipeline", 1)
     for exchange in facts.exchanges:
         for argument, shape, size in facts.parameters_of(exchange):
             layers = _layers_in(facts, argument, shape, exchange)
-            if layers < 2 or layers <= unroll:
+            # A pipeline gathers its stage's layers once for all microbatches: see nn/pipeline.py.
+            at_once = _stacked(argument) // stages if stages > 1 else unroll
+            if layers <= max(1, at_once):
                 continue
             yield Finding(
                 kind="gather",

@@ -7,9 +7,9 @@
   backward pass; all others stand exposed.
 
 The shares are the same for all chips and models. Steps of gpt_1b come within 20 % of their compiled plans
-on v5e, v5p, v6e and tpu7x, sharded or with tensor=4. What a pipeline
-copies in its turns, and a mixture of experts when it sorts its tokens, is counted in part only: their
-steps can take twice the time and more. Good for ranking meshes of a kind, not for promises.
+on v5e, v5p, v6e and tpu7x, sharded or with tensor=4. What a pipeline copies in its turns, and a mixture
+of experts when it sorts its tokens, is counted in part only: their steps can take twice the time and more.
+Good for ranking meshes of a kind, not for promises.
 """
 
 import collections

@@ -80,9 +80,9 @@ def _tiles(plan: Plan) -> str:
             tiles[f"MFU over all scores{causal}"] = words.percent(time.mfu)
         tiles[f"of the time bound by {name}"] = words.percent(share)
     if cost is not None:
-        tiles[f"for {words.amount(cost.tokens)} tokens, {cost.chip_hours:,.0f} chip-hours"] = (
-            words.days(cost.days)
-        )
+        tiles[
+            f"for {words.amount(cost.tokens)} tokens, {words.number(cost.chip_hours)} chip-hours"
+        ] = words.days(cost.days)
         if cost.dollars:
             tiles[f"at ${cost.dollars_per_chip_hour:g} per chip-hour; {cost.price_note}"] = (
                 words.money(cost.dollars)
@@ -99,7 +99,9 @@ def _findings(plan: Plan) -> str:
     items = []
     for finding in plan.findings:
         cost = words.price_of(finding)
-        change = f" Try <code>{html.escape(finding.change)}</code>." if finding.change else ""
+        change = (
+            f" Try <code>{html.escape(finding.change)}</code>." if words.untold(finding) else ""
+        )
         about = ", ".join(filter(None, (finding.kind, cost, finding.source)))
         items.append(
             f'<li class="of-{finding.kind}">{html.escape(finding.text)}{"" if finding.text.endswith(".") else "."}'
@@ -233,7 +235,9 @@ def _comparison(plans: Sequence[Plan], colors: Mapping[str, str], notes: Sequenc
         rows.append([cells[name] for name in head])
     numbers = len(head) - len(left) + 1
     body = _table(head, rows, words_from=numbers, first_is_word=True)
-    body += "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    if notes:
+        items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+        body += f'<ul class="reasons">{items}</ul>'
     said = [(plan, words.mesh_sizes(plan.mesh)) for plan in plans]
     same = len({plan.target for plan in plans}) == 1
     label = lambda plan, mesh: mesh if same else f"{plan.target} {mesh}"  # noqa: E731

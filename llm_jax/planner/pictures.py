@@ -178,7 +178,6 @@ def roofline_plot(ops: Sequence[Op], step_seconds: float, chip: Chip) -> str:
     Args:
       ops: the dearest first; the first NUMBERED bear their numbers.
     """
-    numbers = {id(op): i for i, op in enumerate(ops[:NUMBERED], 1)}
     drawn = [op for op in ops if _has_place(op)][:MAX_CIRCLES]
     if not drawn or not chip.peak_flops or not chip.hbm_bytes_per_second:
         return ""
@@ -188,32 +187,45 @@ def roofline_plot(ops: Sequence[Op], step_seconds: float, chip: Chip) -> str:
     rates = [op.flops / op.seconds for op in drawn] + [peak]
     x_of = _LogScale(min(intensities) / 2, max(*intensities, 4 * ridge) * 2)
     y_of = _LogScale(min(rates) / 2, max(rates) * 1.6)
-    shapes = _roofs(x_of, y_of, peak, bandwidth)
     texts = _note(x_of(ridge), 1 - y_of(peak), f"{words.rate(peak)}FLOP/s", "above")
     slope = x_of.low * (ridge / x_of.low) ** 0.5
-    texts += _note(
-        x_of(slope), 1 - y_of(slope * bandwidth), f"{words.rate(bandwidth)}B/s", "before"
-    )
-    labels, taken = "", []
-    for op in drawn:
+    along = f"{words.rate(bandwidth)}B/s"
+    texts += _note(x_of(slope), 1 - y_of(slope * bandwidth), along, "before")
+    numbers = {id(op): i for i, op in enumerate(ops[:NUMBERED], 1)}
+    texts += _circles(drawn, numbers, step_seconds, x_of, y_of)
+    x_labels = {x_of(v): v for v in log_ticks(x_of.low, x_of.high)}
+    y_labels = {1 - y_of(v): v / 1e12 for v in log_ticks(y_of.low, y_of.high)}
+    kinds = {
+        kind: color for kind, color in KIND_COLORS.items() if any(o.kind == kind for o in drawn)
+    }
+    return _plot(
+        "Roofline", _roofs(x_of, y_of, peak, bandwidth), texts, _labelled(x_labels),
+        _labelled(y_labels), "TFLOP/s", "FLOPs per byte of HBM", keys(kinds),
+    )  # fmt: skip
+
+
+def _circles(
+    ops: Sequence[Op],
+    numbers: Mapping[int, int],
+    step_seconds: float,
+    x_of: "_LogScale",
+    y_of: "_LogScale",
+) -> str:
+    """numbers: by id of the operation."""
+    circles, labels = "", ""
+    taken: list[tuple[float, float]] = []
+    for op in ops:
         x, y = x_of(op.flops / op.bytes), 1 - y_of(op.flops / op.seconds)
         share = op.exposed * op.times / step_seconds
         across = min(max(STEP_CIRCLE * math.sqrt(share), SMALLEST_CIRCLE), LARGEST_CIRCLE)
-        texts += _circle(op, x, y, across, share)
+        circles += _circle(op, x, y, across, share)
         if id(op) in numbers:
             dx, dy = _free_place(x * _FRAME[0], y * _FRAME[1], across, taken)
             labels += (
                 f'<b class="number" style="left:{x:.2%};top:{y:.2%};'
                 f'translate:{dx:.0f}px {dy:.0f}px">{numbers[id(op)]}</b>'
             )
-    texts += labels  # over all circles
-    x_labels = {x_of(v): v for v in log_ticks(x_of.low, x_of.high)}
-    y_labels = {1 - y_of(v): v / 1e12 for v in log_ticks(y_of.low, y_of.high)}
-    return _plot(
-        "Roofline", shapes, texts, _labelled(x_labels), _labelled(y_labels),
-        "TFLOP/s", "FLOPs per byte of HBM",
-        keys({kind: KIND_COLORS[kind] for kind in KIND_COLORS if any(o.kind == kind for o in drawn)}),
-    )  # fmt: skip
+    return circles + labels  # numbers lie over all circles
 
 
 def _has_place(op: Op) -> bool:

@@ -1,7 +1,8 @@
 """The time of one training step, from the scheduled program that the compiler made of it.
 
-schedule.py says how long each instruction takes and what hides it. The time of a step is the sum of what is
-exposed, divided by the generation's `EFFICIENCY`, the one number that stands for what no estimate has.
+schedule.py says how long each instruction takes and what hides it. The time of a step is the sum
+of what is exposed, divided by the generation's `EFFICIENCY`, the one number that stands for what
+no estimate has.
 """
 
 import collections
@@ -27,7 +28,7 @@ def read_roofline(
       efficiency: instead of EFFICIENCY's for this chip.
 
     Returns:
-      None for a chip whose peak or memory rate is unknown, as a CPU's are, and where there is no text.
+      None for a chip whose peak or memory rate is unknown, as a CPU's are, and without a text.
     """
     if not step.hlo or not chip.peak_flops or not chip.hbm_bytes_per_second:
         return None

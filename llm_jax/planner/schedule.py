@@ -1,17 +1,18 @@
 """How long each instruction of a scheduled program takes, and what of it nothing hides.
 
-Instructions run one after the other in the order of the schedule, the body of a loop as often as the
-loop turns. How long one takes is known from, in this order:
+Instructions run one after the other in the order of the schedule, the body of a loop as often as
+the loop turns. How long one takes is known from, in this order:
 
-- the TPU compiler's estimated cycles over the clock. They are those of a program, which on v5p runs on
-  both TensorCores of a chip, and on TPU7x on one of two devices, beside the other's;
+- the TPU compiler's estimated cycles over the clock. They are those of a program, which on v5p
+  runs on both TensorCores of a chip, and on TPU7x on one of two devices, beside the other's;
 - the model of a Pallas kernel (kernels.py), or of a collective on its links (links.py);
 - the roofline: the larger of FLOPs over peak and bytes over the rate of HBM.
 
-What is asynchronous runs from its start to its done: a collective on the links of its mesh axes, a copy
-between HBM and VMEM on the memory's engine, one to the host's memory on that of PCIe. On each of these one
-thing runs at a time, in the order of the starts; a synchronous collective goes first and delays
-those under way. What is not finished at the done is exposed, and the schedule waits for it.
+What is asynchronous runs from its start to its done: a collective on the links of its mesh axes, a
+copy between HBM and VMEM on the memory's engine, one to the host's memory on that of PCIe. On each
+of these one thing runs at a time, in the order of the starts; a synchronous collective goes first
+and delays those under way. What is not finished at the done is exposed, and the schedule waits for
+it.
 """
 
 import dataclasses
@@ -71,7 +72,7 @@ class _Work:
 
 @dataclasses.dataclass
 class _InFlight:
-    """Something asynchronous. op and exchange: places in the walk's lists, filled in when it is done."""
+    """Something asynchronous. op, exchange: places in the walk's lists, completed when it is done."""
 
     op: int
     exchange: int | None
@@ -144,8 +145,9 @@ class _Walk:
 
     def copy_work(self, one: Instruction) -> tuple[_Work, str]:
         """What an asynchronous copy or slice moves, and the engine that does."""
-        # The result of a start holds source, target and handles, which are scalars.
-        moved = next((float(a.bytes) for a in reversed(one.arrays) if a.shape), 0.0)
+        # A start holds source, target, what is written into it, and handles, which are scalars. Of
+        # an array that a slice is taken from or put into, only the slice moves: the least of them.
+        moved = min((float(a.bytes) for a in one.arrays if a.shape), default=0.0)
         moved *= self._chip.devices
         host = any(array.space == _HOST_SPACE for array in one.arrays)
         rate = HOST_BYTES_PER_SECOND if host else self._chip.hbm_bytes_per_second
@@ -186,7 +188,7 @@ class _Walk:
     def note(
         self, one: Instruction, place: Place, work: _Work, exposed: float, named: Instruction
     ) -> int:
-        """Adds an op; its place in `ops`. named: the instruction whose metadata says where it is from."""
+        """Adds an op; its place in `ops`. named: the instruction that says where it is from."""
         self.ops.append(
             Op(
                 name=one.name,

@@ -43,6 +43,19 @@ class SearchResult:
     seconds: float
     interrupted: bool
 
+    @classmethod
+    def of(cls, hunt: Hunt, seconds: float, interrupted: bool) -> "SearchResult":
+        return cls(
+            objective=hunt.objective,
+            trials=hunt.ranked(),
+            considered=hunt.considered,
+            pruned=dict(hunt.pruned),
+            without=tuple(hunt.without),
+            price=hunt.price,
+            seconds=seconds,
+            interrupted=interrupted,
+        )
+
     @property
     def winner(self) -> Trial | None:
         return self.trials[0] if self.trials and self.trials[0].fits else None
@@ -84,30 +97,14 @@ def search(
     parsed = _checked(run, targets, objective, price)
     hunt, interrupted = Hunt(objective, price, compiles), False
     try:
-        progress.start("estimating, targets", len(parsed))
-        for target in parsed:
-            if objective == "time" or _has_price(target, price):
-                hunt.add(run, target)
-            else:
-                hunt.without.append(f"{target.name}: no price is known to rank by; give one")
-            progress.advance(1)
-        progress.finish()
+        _estimate(hunt, run, parsed, progress)
         if any(target.kind == "tpu" for target in parsed):
             _compile(hunt, jobs, cache, progress, tokens)
     except KeyboardInterrupt:
         interrupted = True
     for target in parsed:
         hunt.settle(target, tokens)
-    return SearchResult(
-        objective=objective,
-        trials=hunt.ranked(),
-        considered=hunt.considered,
-        pruned=dict(hunt.pruned),
-        without=tuple(hunt.without),
-        price=price,
-        seconds=time.perf_counter() - start,
-        interrupted=interrupted,
-    )
+    return SearchResult.of(hunt, time.perf_counter() - start, interrupted)
 
 
 def _checked(
@@ -124,6 +121,19 @@ def _checked(
     if any(target.kind == "tpu" for target in parsed):
         libtpu_version()
     return parsed
+
+
+def _estimate(hunt: Hunt, run: RunConfig, targets: list[Target], progress: Progress) -> None:
+    progress.start("estimating, targets", len(targets))
+    try:
+        for target in targets:
+            if hunt.objective == "time" or _has_price(target, hunt.price):
+                hunt.add(run, target)
+            else:
+                hunt.without.append(f"{target.name}: no price is known to rank by; give one")
+            progress.advance(1)
+    finally:
+        progress.finish()
 
 
 def _has_price(target: Target, price: float | None) -> bool:
@@ -249,7 +259,7 @@ import ml_collections
 
 from llm_jax.core.config import load
 
-BASE = Path(__file__).parent / {relative!r}
+BASE = Path(__file__).parent / {relative}
 OVERRIDES = (
 {overrides}
 )
@@ -285,7 +295,7 @@ def write_config(
             chips=target.num_chips,
             expect=_expectation(trial),
             path=path,
-            relative=os.path.relpath(Path(file).resolve(), path.parent.resolve()),
+            relative=json.dumps(os.path.relpath(Path(file).resolve(), path.parent.resolve())),
             overrides="\n".join(f"    {json.dumps(text)}," for text in [*also, *chosen]),
             loaded=f'f"{{BASE}}:{argument}"' if argument else "str(BASE)",
         )

@@ -102,6 +102,7 @@ def overrides_of(run: RunConfig) -> dict[str, Any]:
     """The keys that a search sets, as a run has them."""
     mesh = run.mesh
     values: dict[str, Any] = {f"mesh.{axis}": getattr(mesh, axis) for axis in AXES}
+    values["mesh.dcn"] = None  # of the base config, if it has any
     values |= {
         f"mesh.dcn.{axis}": size for axis, size in dataclasses.asdict(mesh.dcn).items() if size != 1
     }

@@ -63,7 +63,7 @@ svg .roof { stroke: var(--ink); stroke-width: 1.75; }
   font-weight: 600; pointer-events: none; }
 .list td { vertical-align: top; }
 .list td.w, .list th.w { text-align: left; }
-.scroll + p { margin-top: 10px; }
+.reasons { margin: 14px 0 0; padding-left: 18px; max-width: 82ch; font-size: 14px; }
 .list td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 150px; }
 .list td .soft { display: block; font-size: 12.5px; }
 .list { width: 100%; }

@@ -1,13 +1,14 @@
 """One run on several targets: compiled a few at a time, or estimated where there is no compiler."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llm_jax.core.config import to_dict
+from llm_jax.core.config import ConfigError, to_dict
 from llm_jax.data.progress import Progress
 from llm_jax.planner import words
-from llm_jax.planner.compile import Request, compile_many
+from llm_jax.planner.compile import CompileError, Request, compile_many
+from llm_jax.planner.compiled import CompiledStep
 from llm_jax.planner.estimate import estimate
 from llm_jax.planner.make import make_plan
 from llm_jax.planner.plan import Plan
@@ -51,33 +52,39 @@ def plan_targets(
     targets = {name: parse_target(name) for name in names}
     plans: dict[str, Plan] = {}
     failures: dict[str, Exception] = {}
-    requests = []
-    interrupted = False
     for name, target in targets.items():
-        if target.kind != "gpu":
-            requests.append(Request(to_dict(run), name))
-            continue
-        try:
-            plans[name] = estimate(run, target, tokens=tokens, price=price)
-        except ValueError as error:
-            failures[name] = error
-    if requests:
-        what = requests[0].target if len(requests) == 1 else f"{len(requests)} targets"
-        progress.start(f"compiling for {what}", len(requests))
-        try:
-            for request, step in compile_many(requests, jobs, cache):
-                if isinstance(step, Exception):
-                    failures[request.target] = step
-                else:
-                    target = targets[request.target]
-                    plan = make_plan(step, target, tokens=tokens, price=price)
-                    plans[target.name] = plan
-                    if len(targets) > 1:
-                        progress.say(f"{target.name}: {words.verdict(plan)}")
-                progress.advance(1)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            progress.finish()
+        if target.kind == "gpu":
+            try:
+                plans[name] = estimate(run, target, tokens=tokens, price=price)
+            except ConfigError as error:
+                failures[name] = error
+    interrupted = False
+    requests = [Request(to_dict(run), name) for name in targets if targets[name].kind != "gpu"]
+    try:
+        for name, step in _compiled(requests, jobs, cache, progress):
+            if isinstance(step, Exception):
+                failures[name] = step
+                continue
+            plans[name] = make_plan(step, targets[name], tokens=tokens, price=price)
+            if len(targets) > 1:
+                progress.say(f"{name}: {words.verdict(plans[name])}")
+    except KeyboardInterrupt:
+        interrupted = True
     ordered = tuple(plans[name] for name in targets if name in plans)
     return Answers(ordered, failures, interrupted)
+
+
+def _compiled(
+    requests: Sequence[Request], jobs: int, cache: Path | None, progress: Progress
+) -> Iterator[tuple[str, CompiledStep | CompileError]]:
+    """Each target's step, or why there is none, as it ends."""
+    if not requests:
+        return
+    what = requests[0].target if len(requests) == 1 else f"{len(requests)} targets"
+    progress.start(f"compiling for {what}", len(requests))
+    try:
+        for request, step in compile_many(requests, jobs, cache):
+            progress.advance(1)
+            yield request.target, step
+    finally:
+        progress.finish()

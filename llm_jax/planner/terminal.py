@@ -17,7 +17,7 @@ from llm_jax.planner import words
 from llm_jax.planner.plan import Cost, Exchange, LiveBuffer, Memory, Op, Plan, Roofline
 
 MOST_ROWS = 10
-WIDE = 132  # columns, from which lists have a column for everything
+WIDE = 150  # columns, from which lists have a column for everything
 BAR, WIDE_BAR = 26, 48
 PART_STYLES = {
     "parameters": "blue", "optimizer": "bright_blue", "gradients": "green", "activations": "yellow",
@@ -87,7 +87,7 @@ def _headline(plan: Plan, console: Console) -> None:
     if not plan.fits:
         change = next((f for f in plan.findings if f.change), None)
         if change is not None:
-            _say(console, f"change: {change.change} ({change.text})", "bold")
+            _say(console, f"change: {change.change}", "bold")
     time = plan.roofline
     if time is None:
         return
@@ -230,14 +230,14 @@ def _findings(plan: Plan, console: Console) -> None:
         cost = words.price_of(finding)
         text = Text(finding.text + (f" ({cost})" if cost else ""))
         where = Text(f"\n{finding.source}" if finding.source else "", style="dim")
-        change = Text(f"\ntry {finding.change}" if finding.change else "", style="bold")
+        change = Text(f"\ntry {finding.change}" if words.untold(finding) else "", style="bold")
         table.add_row("-", Text(finding.kind, style="yellow"), text + where + change)
     console.print(table)
 
 
 def _cost(cost: Cost, plan: Plan, console: Console) -> None:
     _title(console, f"Training on {words.amount(cost.tokens)} tokens")
-    said = [words.days(cost.days), f"{cost.chip_hours:,.0f} chip-hours"]
+    said = [words.days(cost.days), f"{words.number(cost.chip_hours)} chip-hours"]
     if cost.dollars:
         said.append(f"{words.money(cost.dollars)} at ${cost.dollars_per_chip_hour:g} per chip-hour")
     _say(console, f"{', '.join(said)} on {words.chips(plan.num_chips)}", "bold")

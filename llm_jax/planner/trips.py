@@ -1,9 +1,9 @@
 """How often a loop of an HLO module runs, from its condition, its first value and its step.
 
-XLA notes `known_trip_count` on CPU and GPU. On TPU it is read here: the condition compares an element of
-the loop's tuple, which the body moves by a constant, with a bound, a constant of the condition or an
-element that the body passes on. Any other form counts as one run; nothing is guessed from
-constants that merely stand there.
+XLA notes `known_trip_count` on CPU and GPU. On TPU it is read here: the condition compares an
+element of the loop's tuple, which the body moves by a constant, with a bound, a constant of the
+condition or an element that the body passes on. Any other form counts as one run; nothing is
+guessed from constants that merely stand there.
 """
 
 import dataclasses

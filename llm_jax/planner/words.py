@@ -34,11 +34,19 @@ _UNTOLD = ("", "pallas_call")
 ESTIMATED = "estimated by arithmetic, nothing was compiled"
 
 
+def number(value: float) -> str:
+    """Three digits, four places at most: 0.0821, 4.84, 95.7, 1,234."""
+    if value >= 99.95:
+        return f"{value:,.0f}"
+    places = 1 if value >= 9.995 else 2 if value >= 0.9995 else 3 if value >= 0.09995 else 4
+    return f"{value:.{places}f}" if value else "0"
+
+
 def size(count: float) -> str:
     """Bytes to three digits: "4.84 GiB", "312 MiB"."""
     for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if abs(count) >= 0.9995 * unit:
-            return f"{_digits(count / unit)} {name}"
+            return f"{number(count / unit)} {name}"
     return f"{count:.0f} B"
 
 
@@ -51,13 +59,13 @@ def duration(seconds: float) -> str:
     """Three digits: "351 ms", "1.24 s", "18 µs"."""
     for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if seconds >= 0.9995 * unit:
-            return f"{_digits(seconds / unit)} {name}"
+            return f"{number(seconds / unit)} {name}"
     return "0 s" if seconds <= 0 else f"{seconds * 1e9:.0f} ns"
 
 
 def milliseconds(seconds: float) -> str:
     """For a column without units."""
-    return _digits(seconds * 1e3)
+    return number(seconds * 1e3)
 
 
 def percent(share: float) -> str:
@@ -69,7 +77,7 @@ def rate(per_second: float) -> str:
     """Of FLOPs or bytes: "459 T"."""
     for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if per_second >= 0.9995 * unit:
-            return f"{_digits(per_second / unit)} {name}"
+            return f"{number(per_second / unit)} {name}"
     return f"{per_second:.0f} "
 
 
@@ -77,7 +85,7 @@ def amount(count: float) -> str:
     """Of tokens or parameters: "1.37 B"."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= 0.9995 * unit:
-            return f"{_digits(count / unit)} {name}"
+            return f"{number(count / unit)} {name}"
     return f"{count:.0f}"
 
 
@@ -86,9 +94,10 @@ def money(dollars: float) -> str:
 
 
 def days(count: float) -> str:
-    if count >= 1:
-        return f"{_digits(count)} days"
-    return f"{_digits(24 * count)} hours"
+    for unit, name in ((1.0, "days"), (1 / 24, "hours")):
+        if count >= unit:
+            return f"{number(count / unit)} {name}"
+    return f"{number(24 * 60 * count)} minutes"
 
 
 def chips(count: int) -> str:
@@ -210,6 +219,11 @@ def price_of(finding: Finding) -> str:
     return ", ".join(costs)
 
 
+def untold(finding: Finding) -> bool:
+    """Whether there is a change that the text does not name already."""
+    return finding.change is not None and finding.change not in finding.text
+
+
 _ALIKE_BUFFERS = operator.attrgetter(
     "part", "dtype", "shape", "logical_shape", "sharding", "module", "source", "change"
 )
@@ -289,15 +303,7 @@ def _ranking_row(plan: Plan) -> dict[str, str]:
         "step": about + duration(time.step_seconds) if time else "",
         "tok/s/chip": f"{about}{time.tokens_per_second:,.0f}" if time else "",
         "MFU": percent(time.mfu) if time and time.mfu is not None else "",
-        "bound": " ".join(binding(time)[0].split()[-2:]) if time else "",
-        "days": _digits(cost.days) if cost else "",
+        "bound": binding(time)[0].removeprefix("communication ") if time else "",
+        "days": number(cost.days) if cost else "",
         "dollars": money(cost.dollars) if cost and cost.dollars else "",
     }
-
-
-def _digits(value: float) -> str:
-    """Three digits, four places at most: 0.0821, 4.84, 95.7, 1,234."""
-    if value >= 99.95:
-        return f"{value:,.0f}"
-    places = 1 if value >= 9.995 else 2 if value >= 0.9995 else 3 if value >= 0.09995 else 4
-    return f"{value:.{places}f}" if value else "0"

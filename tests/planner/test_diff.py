@@ -92,6 +92,7 @@ def test_what_does_not_fit_any_more_exceeds_any_threshold():
     (line,) = diff.exceeds({"memory": 50, "time": 5, "communication": 5})
     assert "does not fit any more" in line
     assert "old fits, new does not fit" in shown(diff)
+    assert "not compared" in shown(diff)
 
 
 def test_time_and_communication_thresholds():

@@ -136,6 +136,13 @@ def test_two_devices_of_a_chip_share_its_links():
     assert inside < both / 2
 
 
+def test_gpus_of_a_host_have_one_port_to_a_switch():
+    h100 = CHIPS["h100"]
+    for kind in ("all-gather", "all-to-all"):
+        taken = seconds(kind, 1e9, [ring(8)], h100)
+        assert taken == pytest.approx(1e9 * 7 / 8 / h100.link_bytes_per_second, rel=1e-2)
+
+
 def test_slices_exchange_shares_over_the_network():
     size = 1e9
     slices = Span("network", 0, 2, False)

@@ -19,7 +19,7 @@ LARGE_HEAD = {"length": 1024, "vocab_size": 2**14, "num_layers": 2}
 
 @pytest.fixture(scope="module")
 def sound():
-    return compile_small(MESH)
+    return compile_small({"pipeline": 2, "fsdp": 2, "tensor": 2}, num_layers=4)
 
 
 def kinds(findings):

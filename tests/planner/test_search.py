@@ -188,10 +188,13 @@ def test_a_compiler_that_crashes_is_a_line_of_the_table(monkeypatch, run):
 
 def test_gpus_are_estimated_and_never_compiled(monkeypatch, run):
     asked = answers(monkeypatch, lambda plan: plan)
-    result = search(run, ["h100-8"], compiles=3)
-    assert not asked
-    assert result.winner.plan.estimated
-    assert result.winner.why == "estimated"
+    result = search(run, ["h100-8", "v5e:2x2"], compiles=3)
+    assert {request.target for request in asked} == {"v5e:2x2"}
+    estimated = [trial for trial in result.trials if trial.plan.estimated]
+    assert [trial.candidate.target.name for trial in estimated] == ["h100-8"]
+    assert estimated[0].why == "estimated"
+    only = search(run, ["h100-8"], compiles=3)
+    assert only.winner.plan.estimated
 
 
 def test_every_mesh_multiplies_to_the_devices_and_keeps_its_overrides():
@@ -216,7 +219,9 @@ def test_the_written_config_is_the_chosen_one(monkeypatch, base, run, tmp_path, 
     winner = search(run, ["v5e:2x4"], compiles=2, tokens=1e9).winner
     (tmp_path / "configs").mkdir()
     path = tmp_path / "configs" / "chosen.py"
-    write_config(path, base + argument, winner, also=["train.num_steps=77"])
+    # A base with slices of its own does not get in the way.
+    also = ["train.num_steps=77", "mesh.dcn.fsdp=2"]
+    write_config(path, base + argument, winner, also=also)
     written = resolve(load(str(path)))
     assert to_dict(written) == to_dict(winner.candidate.run)
     assert overrides_of(written) == winner.candidate.overrides
