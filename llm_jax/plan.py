@@ -48,8 +48,9 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     from llm_jax.planner.answer import Question, answer
     from llm_jax.planner.compile import default_cache
-    from llm_jax.planner.cost import parse_tokens
+    from llm_jax.planner.cost import check_price, parse_tokens
 
+    check_price(arguments.price)
     arguments.tokens = parse_tokens(arguments.tokens) if arguments.tokens else None
     arguments.cache = arguments.cache or default_cache()
     sys.exit(answer(Question(**vars(arguments))))
@@ -65,15 +66,27 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--max_increase needs --compare OTHER")
     if arguments.write_config and not arguments.search:
         raise ConfigError("--write_config needs --search")
+    if arguments.write_config and _is_config(arguments.write_config, arguments.config):
+        raise ConfigError(
+            f"--write_config {arguments.write_config}: it is the config to begin with"
+        )
     if arguments.write_config and arguments.write_config.suffix != ".py":
         raise ConfigError(f"--write_config {arguments.write_config}: expected a .py file")
+    if arguments.price is not None and not (arguments.tokens or arguments.search):
+        raise ConfigError("--price needs --tokens, or --search")
     for name in ("write_config", "html", "json"):  # before anything takes its time
         path = getattr(arguments, name)
         if path is not None and not Path(path).parent.is_dir():
             raise ConfigError(f"--{name} {path}: there is no folder {Path(path).parent}")
+        if path is not None and Path(path).is_dir():
+            raise ConfigError(f"--{name} {path}: it is a folder; expected a file")
     for name in ("jobs", "compiles", "max_chips"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} {getattr(arguments, name)} must be at least 1")
+
+
+def _is_config(path: Path, config: str) -> bool:
+    return path.resolve() == Path(config.partition(":")[0]).resolve()
 
 
 def _names(text: str) -> tuple[str, ...]:

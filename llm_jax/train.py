@@ -19,6 +19,7 @@ from llm_jax.data.prepare import Prepared, prepare
 from llm_jax.data.progress import Silent, make_progress
 from llm_jax.evals.conclude import conclude
 from llm_jax.metrics.writer import MetricWriter
+from llm_jax.planner.explain import check_state, out_of_memory, show_step
 from llm_jax.sharding import xla_flags
 from llm_jax.sharding.distributed import start_distributed
 from llm_jax.sharding.mesh import make_mesh
@@ -46,8 +47,6 @@ def main() -> None:
             title = Path(arguments.config).stem
             stopped_by = train(run, workdir, title, explain=arguments.explain_step)
         except jax.errors.JaxRuntimeError as error:
-            from llm_jax.planner.explain import out_of_memory
-
             raise out_of_memory(error, run) or error from None
     if stopped_by:
         sys.exit(EXIT_STATUS.get(stopped_by, 1))
@@ -59,9 +58,8 @@ def train(run: RunConfig, workdir: Path, title: str, *, explain: bool = False) -
     say = functools.partial(print, flush=True) if first else lambda _: None
     program = build_program(run, make_mesh(run.mesh))
     introduce(run, program, say)
+    check_state(program)
     if explain and first:
-        from llm_jax.planner.explain import show_step
-
         show_step(program, run)
     prepared = prepare_together(run, workdir)
     for line in prepared.lines():

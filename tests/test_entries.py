@@ -1,6 +1,9 @@
 """The commands as a user types them, errors included."""
 
+import importlib.util
 import json
+import os
+import re
 
 import pytest
 
@@ -88,3 +91,26 @@ def test_missing_runs_are_named(run_python, tmp_path):
         assert result.returncode == 1
         assert "no checkpoints at" in result.stderr
         assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_nobody_looks_for_chips_that_are_not_there(run_python, texts, tmp_path, monkeypatch):
+    """The extra for planning is installed: nothing looks for a TPU, though nobody named a platform."""
+    if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
+        pytest.skip("there is a TPU")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    wake = {"TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0"}  # libtpu would say what it does
+    work = ["--workdir", tmp_path / "work"]
+    for entry, *flags in (
+        ["prepare", *TRAIN[2:], "--data", texts, *SMALL[:1]],
+        ["train", *TRAIN[2:], "--data", texts, *SMALL, "--config.train.num_steps=2"],
+        ["evaluate"],
+        ["generate", "--prompt", "def f", "--max_tokens", 2],
+        ["export", "--out", tmp_path / "hf"],
+    ):
+        result = run_python("-m", f"llm_jax.{entry}", *work, *flags, env=wake)
+        assert result.returncode == 0, result.stderr
+        found = re.search(
+            r"(?<!ou)tpu|metadata\.google", result.stdout + result.stderr, re.IGNORECASE
+        )
+        assert not found, (entry, result.stderr)

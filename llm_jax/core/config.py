@@ -206,6 +206,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, where)
     if origin is typing.Literal:
+        if value is None and "none" in arguments:
+            return "none"  # on the command line none is None, and some choices are called so
         if value not in arguments:
             choices = ", ".join(map(str, arguments))
             raise ConfigError(f"{where} = {value!r}{nearest(value, arguments)}; choices: {choices}")

@@ -13,7 +13,8 @@ each device holds E / P. All of it is one shard_map. On a device with n tokens o
 Dropless without a worst-case buffer, which would hold P * n * min(k, E / P) rows: choices beyond C
 go in further rounds of the same buffer. Their number, ceil(largest count / C), is agreed on by all
 devices at run time; an even router needs none. The first round keeps its values for the backward
-pass as usual; further ones keep nothing and are computed again.
+pass as usual; further ones keep nothing and are computed again. They stand under the name
+OVERFLOW_ROUNDS, by which the planner knows them: it counts on an even router.
 
 Every sort is a permutation known from both ends, so derivatives are gathers too, never scatters.
 
@@ -38,6 +39,7 @@ EXPERT_AXES = {
     "down": ("experts", "mlp", "expert_embed"),
 }
 _TOKEN_AXES = ("batch", "length", None)
+OVERFLOW_ROUNDS = "overflow_rounds"
 
 Experts = dict[str, jax.Array]
 
@@ -236,8 +238,7 @@ def _all_rounds_forward(shard, x, weights, experts, routes):
     first = functools.partial(_round, shard, 0, routes)
     y, backward = jax.vjp(first, *inputs)
     add = lambda i, y: y + _round(shard, i, routes, *inputs)  # noqa: E731
-    y = jax.lax.fori_loop(1, _num_rounds(shard, x, weights, routes), add, y)
-    return y, (backward, inputs, routes)
+    return _further_rounds(shard, x, weights, routes, add, y), (backward, inputs, routes)
 
 
 def _all_rounds_backward(shard, residuals, g):
@@ -249,17 +250,22 @@ def _all_rounds_backward(shard, residuals, g):
         return jax.tree.map(lambda s, d: s + d.astype(jnp.float32), sums, backward(g))
 
     sums = jax.tree.map(lambda d: d.astype(jnp.float32), backward(g))
-    sums = jax.lax.fori_loop(1, _num_rounds(shard, *inputs[:2], routes), add, sums)
+    sums = _further_rounds(shard, *inputs[:2], routes, add, sums)
     return *jax.tree.map(lambda s, a: s.astype(a.dtype), sums, inputs), None
 
 
 _all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)
 
 
-def _num_rounds(shard, x, weights, routes):
-    """The same on all devices, since a round is an exchange among them."""
+@jax.named_scope(OVERFLOW_ROUNDS)
+def _further_rounds(shard, x, weights, routes, add, sums):
+    """`sums` after add(i, sums) of every round but the first.
+
+    There are as many on all devices, since a round is an exchange among them.
+    """
     rows = shard.rows(x.shape[0], weights.shape[0])
-    return jax.lax.pmax(-(-jnp.max(routes.counts) // rows), shard.mesh)
+    num_rounds = jax.lax.pmax(-(-jnp.max(routes.counts) // rows), shard.mesh)
+    return jax.lax.fori_loop(1, num_rounds, add, sums)
 
 
 @jax.custom_vjp

@@ -19,7 +19,9 @@ from typing import Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-RematPolicy = Literal["none", "dots_and_attention", "dots", "narrow", "attention", "full", "offload"]
+RematPolicy = Literal[
+    "none", "dots_and_attention", "dots", "narrow", "attention", "full", "offload"
+]
 
 _policies = jax.checkpoint_policies
 
@@ -55,10 +57,14 @@ def name_input(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, "block_input")
 
 
-def remat(body: Callable, policy: RematPolicy) -> Callable:
-    """Wraps the body of a scan over layers."""
+def remat(body: Callable, policy: RematPolicy, *, unrolled: bool = False) -> Callable:
+    """Wraps the body of a scan over layers.
+
+    Args:
+      unrolled: whether layers stand outside the loop that the scan becomes.
+    """
     if policy == "none":
         return body
-    # Inside a scan the compiler cannot merge the recomputation with the forward pass, so the
-    # barrier against that merging is only in the way.
-    return jax.checkpoint(body, policy=_POLICIES[policy], prevent_cse=False)
+    # Inside a loop the compiler cannot merge the recomputation with the forward pass, so the
+    # barrier against that merging is only in the way; without a loop it would merge all of it.
+    return jax.checkpoint(body, policy=_POLICIES[policy], prevent_cse=unrolled)

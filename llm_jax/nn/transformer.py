@@ -191,11 +191,13 @@ class Stack(nnx.Module):
             out = block(x, sight, rope=rope, key=layer_key(key, index), capture=capture)
             return out.x, (out.captured, out.router)
 
-        body = remat(body, self.config.remat)
-        layers = (jnp.arange(self.config.num_layers), state)
-        x, (captured, router) = jax.lax.scan(
-            body, x, layers, unroll=min(self.config.scan_unroll, self.config.num_layers)
-        )
+        num_layers = self.config.num_layers
+        unroll = min(self.config.scan_unroll, num_layers)
+        # A loop of one turn is none, and the layers that are left over are in none.
+        unrolled = unroll == num_layers or num_layers % unroll > 0
+        body = remat(body, self.config.remat, unrolled=unrolled)
+        layers = (jnp.arange(num_layers), state)
+        x, (captured, router) = jax.lax.scan(body, x, layers, unroll=unroll)
         return StackOutput(x, None, captured, router)
 
     def _pipeline(self, x, places, key, capture, rules):

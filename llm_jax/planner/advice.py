@@ -6,7 +6,7 @@ The changes and their arithmetic are in changes.py; here the smallest that helps
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from llm_jax.planner.changes import Change, changes_for
 from llm_jax.planner.compiled import CompiledStep
@@ -26,7 +26,8 @@ _OF_COMMUNICATION = 30
 def advise(
     step: CompiledStep, memory: Memory, roofline: Roofline | None, capacity: int
 ) -> tuple[Memory, tuple[Finding, ...]]:
-    """The memory with changes noted for its largest arrays, and a finding where the step does not fit.
+    """The memory with changes noted for its largest arrays; findings where the step does not fit, and
+    on what it keeps in host memory.
 
     Args:
       roofline: where communication takes much of it, more microbatches are the last resort: each
@@ -42,9 +43,8 @@ def advise(
     ]
     advised = dataclasses.replace(memory, buffers=tuple(buffers))
     missing = memory.peak - min(capacity, memory.capacity)
-    if missing <= 0:
-        return advised, ()
-    return advised, (_does_not_fit(memory, changes, missing),)
+    findings = (_does_not_fit(memory, changes, missing),) if missing > 0 else ()
+    return advised, (*findings, *_on_the_host(memory))
 
 
 def _with_change(buffer: LiveBuffer, index: int, changes: Sequence[Change]) -> LiveBuffer:
@@ -63,7 +63,11 @@ def _order(buffer: LiveBuffer, change: Change) -> bool:
 
 
 def _communicates(roofline: Roofline) -> bool:
-    exposed = sum(s for name, s in roofline.bounds.items() if name.startswith("communication"))
+    exposed = sum(
+        seconds
+        for name, seconds in roofline.bounds.items()
+        if name.startswith("communication") and name != "communication host"
+    )
     return exposed > _MUCH_COMMUNICATION * roofline.step_seconds
 
 
@@ -71,6 +75,15 @@ def _harder(change: Change) -> Change:
     if "train.accumulate_steps" not in change.keys:
         return change
     return dataclasses.replace(change, harm=change.harm + _OF_COMMUNICATION)
+
+
+def _on_the_host(memory: Memory) -> Iterator[Finding]:
+    if memory.host:
+        text = (
+            f"{size(memory.host)} per chip are pinned in the memory of its host, which must have as much "
+            "for each of its chips"
+        )
+        yield Finding("note", text, bytes=memory.host)
 
 
 def _does_not_fit(memory: Memory, changes: Sequence[Change], missing: int) -> Finding:

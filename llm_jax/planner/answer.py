@@ -11,7 +11,7 @@ from rich.console import Console
 
 from llm_jax.core.config import load
 from llm_jax.data.progress import make_progress
-from llm_jax.planner import diff, search
+from llm_jax.planner import diff, search, words
 from llm_jax.planner.hunt import Objective
 from llm_jax.planner.page import write_page
 from llm_jax.planner.plan import Plan
@@ -83,6 +83,9 @@ def _report(run: RunConfig, question: Question, console: Console) -> int:
     for name, error in failures.items():
         print(f"error: {name}: {error}", file=sys.stderr)
     if answers.interrupted:
+        answered = {*failures, *(plan.target for plan in plans)}
+        missing = ", ".join(name for name in question.topology if name not in answered)
+        print(f"stopped before there was an answer for {missing}", file=sys.stderr)
         return INTERRUPTED
     return FAILED if failures else _status(plans)
 
@@ -124,11 +127,14 @@ def _compare(run: RunConfig, question: Question, console: Console) -> int:
         names = [question.compare, "here"]
     new = _plan(run, question)
     changes = diff.compare(old, new, *names)
+    if old.estimated or new.estimated:
+        console.print(f"ESTIMATE: {words.ESTIMATED}", style="bold yellow")
     diff.show(changes, console)
     over = changes.exceeds(limits)
     for line in over:
         print(f"error: {line}", file=sys.stderr)
-    _publish(question, changes.to_dict(), [old, new])
+    notes = [f"first {changes.old}, then {changes.new}", *changes.config]
+    _publish(question, changes.to_dict(), [old, new], notes)
     return FAILED if over else _status([new])
 
 

@@ -15,8 +15,8 @@ from typing import Literal
 
 AllocationKind = Literal["argument", "result", "constant", "heap", "call"]
 
-# Places for the device's main memory among an allocation's "colors"; the others are on-chip memories.
-_MAIN_MEMORY = 0
+# Places among an allocation's "colors": the device's main memory, the host's; the others are on the chip.
+_MAIN_MEMORY, _HOST_MEMORY = 0, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,11 @@ class Allocation:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Main memory of one device."""
+    """Main memory of one device. host: bytes besides, in the memory of its host."""
 
     allocations: tuple[Allocation, ...]
     schedule: tuple[str, ...]
+    host: int = 0
 
     @property
     def fixed(self) -> tuple[Allocation, ...]:
@@ -112,15 +113,18 @@ def parse_layout(buffer_assignment: str, live_ranges: str) -> Layout:
             value = _parse_value(line, ranges)
             if value is not None:
                 found[-1][1].append(value)
-    allocations = (_parse_allocation(line, values) for line, values in found)
-    return Layout(tuple(a for a in allocations if a is not None), schedule)
+    placed = [(_color(line), _parse_allocation(line, values)) for line, values in found]
+    of = lambda place: tuple(a for color, a in placed if color == place)  # noqa: E731
+    host = sum(a.size for a in of(_HOST_MEMORY) if a.kind != "call")
+    return Layout(of(_MAIN_MEMORY), schedule, host)
 
 
-def _parse_allocation(line: str, values: list[Value]) -> Allocation | None:
-    """None where it is not in main memory."""
-    color = re.search(r", color (\d+)", line)
-    if color and int(color[1]) != _MAIN_MEMORY:
-        return None
+def _color(line: str) -> int:
+    found = re.search(r", color (\d+)", line)
+    return int(found[1]) if found else _MAIN_MEMORY
+
+
+def _parse_allocation(line: str, values: list[Value]) -> Allocation:
     parameter = re.search(r", parameter (\d+)", line)
     kind: AllocationKind = "result"
     if ", thread-local" in line:

@@ -2,11 +2,13 @@
 
 `CHIPS` has what a target can name: TPU generations and GPUs. `find_chip` gives the entry of a device at
 hand, with the memory that the device itself reports; of a device that is not in the table the rates
-are None. Prices are list prices of a date and go stale: whoever plans with money gives their own.
+are None, or measured (rates.py). Prices are list prices of a date and go stale: whoever plans with money gives their own.
 """
 
+import contextlib
 import dataclasses
 import os
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +16,10 @@ from typing import Any, Literal
 from llm_jax.metrics.throughput import peak_flops
 
 Kind = Literal["tpu", "gpu", "cpu"]
+
+# Between the two devices of a chip: six times the bandwidth of a link between chips
+# (docs.cloud.google.com/tpu/docs/tpu7x).
+CORE_LINKS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Chip:
     neighbours of a chip, or 1 for the port to a switch. link_bytes_per_second: one direction of one
     link: the published bandwidth of a chip, which is of both directions, over its links over 2.
     network_bytes_per_second: one direction of a chip's share of the network between slices or hosts.
+    host_bytes_per_second: one direction of the bus between a chip and its host's memory.
     largest: chips of the largest slice, or of a host. chip_config_name: libtpu's.
     dollars_per_chip_hour: on demand; price_note: whose price, and when.
     """
@@ -45,6 +52,7 @@ class Chip:
     links: int = 1
     link_bytes_per_second: float | None = None
     network_bytes_per_second: float | None = None
+    host_bytes_per_second: float = 16e9
     largest: int = 1
     chip_config_name: str = ""
     dollars_per_chip_hour: float | None = None
@@ -67,6 +75,8 @@ _NO_GOOGLE = "Google Cloud lists no price that we know of: give your own, in dol
 # Sources: docs.cloud.google.com/tpu/docs/{v5e, v5p, v6e, tpu7x} for memory, bandwidths, peak and the
 # largest slice. What a program can allocate is what libtpu says when one does not fit
 # ("exceeds available HBM (15.75G)"), which it says of each of the two devices of tpu7x.
+# Bus to the host: 16 GB/s per TPU, 32 of v6e (jax-ml.github.io/scaling-book/tpus); of tpu7x nothing is
+# published, so it has what most have.
 # Prices: v5e and v5p as reported by several price lists in January 2026, v6e from the announcement of
 # general availability, December 2024; none has been reported to have changed since.
 _TPUS = (
@@ -92,9 +102,9 @@ _TPUS = (
         name="v6e", kind="tpu", hbm_bytes=int(31.24 * _GIB), hbm_total_bytes=32 * _GIB,
         peak_flops=918e12, hbm_bytes_per_second=1.638e12, clock_hz=1.75e9, mxu=256,
         vector_flops=_VECTOR * 1.75e9, dimensions=2, links=4, link_bytes_per_second=100e9,
-        network_bytes_per_second=12.5e9, largest=256, chip_config_name="default",
-        dollars_per_chip_hour=2.70, price_note=_GOOGLE.format("December 2024"),
-        device_kinds=("TPU v6 lite", "TPU v6e"),
+        network_bytes_per_second=12.5e9, host_bytes_per_second=32e9, largest=256,
+        chip_config_name="default", dollars_per_chip_hour=2.70,
+        price_note=_GOOGLE.format("December 2024"), device_kinds=("TPU v6 lite", "TPU v6e"),
         source="docs.cloud.google.com/tpu/docs/v6e",
     ),
     Chip(
@@ -108,28 +118,32 @@ _TPUS = (
 )  # fmt: skip
 
 
-def _gpu(name: str, memory_mib: int, **facts: Any) -> Chip:
+def _gpu(name: str, memory_mib: int, pcie: int = 4, **facts: Any) -> Chip:
     # jax takes three quarters of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
     total = memory_mib * 2**20
     note = "prices of GPUs differ several times between providers: give your own, in dollars per GPU-hour"
-    return Chip(name, "gpu", total * 3 // 4, total, largest=8, price_note=note, **facts)
+    bus = 32e9 if pcie == 4 else 64e9  # 16 lanes
+    return Chip(
+        name, "gpu", total * 3 // 4, total, largest=8, price_note=note,
+        host_bytes_per_second=bus, **facts,
+    )  # fmt: skip
 
 
 # Memory as nvidia-smi shows it; the rest from NVIDIA's data sheets, dense rates. link: to the NVLink
 # switch, or PCIe 4.0 x16 where there is none. network: cards of a DGX host, else of a cloud's host.
 _GPUS = (
     _gpu(
-        "b200", 183_359, peak_flops=2250e12, hbm_bytes_per_second=8e12, vector_flops=75e12,
+        "b200", 183_359, pcie=5, peak_flops=2250e12, hbm_bytes_per_second=8e12, vector_flops=75e12,
         link_bytes_per_second=900e9, network_bytes_per_second=50e9,
         device_kinds=("NVIDIA B200",), source="NVIDIA DGX B200 data sheet",
     ),
     _gpu(
-        "h200", 143_771, peak_flops=989.4e12, hbm_bytes_per_second=4.8e12, vector_flops=67e12,
+        "h200", 143_771, pcie=5, peak_flops=989.4e12, hbm_bytes_per_second=4.8e12, vector_flops=67e12,
         link_bytes_per_second=450e9, network_bytes_per_second=50e9,
         device_kinds=("NVIDIA H200",), source="NVIDIA H200 SXM and DGX H200 data sheets",
     ),
     _gpu(
-        "h100", 81_559, peak_flops=989.4e12, hbm_bytes_per_second=3.35e12, vector_flops=67e12,
+        "h100", 81_559, pcie=5, peak_flops=989.4e12, hbm_bytes_per_second=3.35e12, vector_flops=67e12,
         link_bytes_per_second=450e9, network_bytes_per_second=50e9,
         device_kinds=("NVIDIA H100 80GB HBM3",),
         source="NVIDIA H100 SXM and DGX H100 data sheets",
@@ -161,18 +175,33 @@ _GPUS = (
 CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (*_TPUS, *_GPUS)}
 
 
-def chip_of(device_kind: str, memory: int | None = None) -> Chip:
-    """The chip of a kind of jax device; of one that is not in the table, its memory and peak.
+def chip_of(
+    device_kind: str, memory: int | None = None, measured: Mapping[str, float] | None = None
+) -> Chip:
+    """The chip of a kind of jax device; of one that is not in the table, its memory and its rates.
 
     Args:
       memory: bytes that a program can allocate on one device, where that is known.
+      measured: rates.measure_rates of one, for a chip that is not in the table.
     """
+    measured = measured or {}
     for chip in CHIPS.values():
         if device_kind in chip.device_kinds:
             return chip if memory is None else _with_memory(chip, memory)
     kind: Kind = "cpu" if device_kind.lower() == "cpu" else "gpu"
     kind = "tpu" if device_kind.startswith("TPU") else kind
-    return Chip(device_kind, kind, memory or 0, memory or 0, peak_flops(device_kind))
+    moved = measured.get("bytes_per_second")
+    return Chip(
+        device_kind,
+        kind,
+        memory or 0,
+        memory or 0,
+        peak_flops=peak_flops(device_kind) or measured.get("peak_flops"),
+        hbm_bytes_per_second=moved,
+        # Devices of a CPU exchange through the memory that they share; links.py gives the devices
+        # of a chip several links.
+        link_bytes_per_second=moved / CORE_LINKS if moved and kind == "cpu" else None,
+    )
 
 
 def _with_memory(chip: Chip, memory: int) -> Chip:
@@ -198,9 +227,10 @@ def device_memory(device: Any) -> int | None:
 
 
 def _host_memory() -> int:
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    try:
-        return min(physical, int(limit.read_text()))
-    except (OSError, ValueError):  # no container, or "max"
-        return physical
+    least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        least = min(least, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    address_space, _ = resource.getrlimit(
+        resource.RLIMIT_AS
+    )  # `ulimit -v`, as batch systems set it
+    return least if address_space == resource.RLIM_INFINITY else min(least, address_space)

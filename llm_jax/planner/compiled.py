@@ -87,7 +87,8 @@ class CompiledStep:
     versions: "jax", "libtpu". hlo: the scheduled module's text, with cycles where it compiled.
     buffer_assignment, live_ranges: the compiler's dumps, "" where it wrote none. device_kind: jax's
     name of the device; device_memory: bytes of one that a program can allocate, None where the
-    device does not say.
+    device does not say. measured: "peak_flops" and "bytes_per_second" of one device, timed where
+    it is at hand and chips.py has no rates of its kind; else empty.
     """
 
     target: str
@@ -107,6 +108,7 @@ class CompiledStep:
     live_ranges: str = dataclasses.field(repr=False)
     device_kind: str = ""
     device_memory: int | None = None
+    measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Writes step.json and the texts; step.json comes last and marks the folder as whole."""

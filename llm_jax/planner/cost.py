@@ -29,6 +29,12 @@ def parse_tokens(text: str) -> float:
     return tokens
 
 
+def check_price(price: float | None) -> None:
+    """ConfigError for dollars per chip-hour that cannot be paid; None is the list price."""
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"price {price}: expected dollars per chip-hour, at least 0")
+
+
 def cost_of(
     tokens: float,
     tokens_per_second_per_chip: float,
@@ -44,8 +50,7 @@ def cost_of(
     Raises:
       ConfigError: a negative price.
     """
-    if price is not None and not 0 <= price < math.inf:
-        raise ConfigError(f"price {price}: expected dollars per chip-hour, at least 0")
+    check_price(price)
     dollars = price if price is not None else chip.dollars_per_chip_hour or 0.0
     chip_hours = tokens / tokens_per_second_per_chip / 3600
     return Cost(

@@ -22,6 +22,7 @@ from llm_jax.training.config import differences
 
 THRESHOLDS = ("memory", "time", "communication")
 MOST_ROWS = 20
+_TINY = 1e-3  # of the peak; what is less takes no row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,8 @@ def compare(old: Plan, new: Plan, old_name: str = "old", new_name: str = "new") 
     before, after = old.roofline, new.roofline
     moved = [_traffic(plan.roofline.exchanges if plan.roofline else ()) for plan in (old, new)]
     parts = list({**old.memory.parts, **new.memory.parts})
-    bounds = {**(before.bounds if before else {}), **(after.bounds if after else {})}
+    totals = collections.Counter(before.bounds if before else {})
+    bounds = words.ordered_bounds(totals | collections.Counter(after.bounds if after else {}))
     return Diff(
         old=old_name,
         new=new_name,
@@ -178,7 +180,7 @@ def show(diff: Diff, console: Console) -> None:
         column.justify = "right"
     _row(table, diff.peak, words.size, bold=True)
     for part in diff.parts:
-        if part.old or part.new:
+        if max(part.old, part.new) >= _TINY * max(diff.peak.old, diff.peak.new):
             _row(table, part, words.size)
     _row(table, diff.step, words.duration, bold=True)
     for bound in diff.bounds:

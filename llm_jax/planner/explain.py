@@ -1,17 +1,22 @@
 """The planner inside a run: what is about to run here, and why a run died out of memory.
 
 Both compile the run's own program once more, for the devices at hand, with the compiler's memory
-reports on.
+reports on. An explanation is of a training step, since that is what a config sizes; where the step
+fits, or where something else asked for the memory, it says so and blames nothing on the step.
 """
 
 import re
 import tempfile
+import traceback
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
 from llm_jax.core.flags import RunError
+from llm_jax.planner import words
+from llm_jax.planner.chips import device_memory
+from llm_jax.planner.layout import arguments_of
 from llm_jax.planner.make import make_plan
 from llm_jax.planner.plan import Plan
 from llm_jax.planner.terminal import show_plan
@@ -20,6 +25,16 @@ from llm_jax.planner.worker import compile_here
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.training.config import RunConfig
 from llm_jax.training.program import Program, build_program
+
+# What a run was at when memory ended, by the function that was running. A step runs on beside all
+# of them; that it failed is known where its metrics are read. In all other places it was a step, too.
+_AT = {
+    "_read": "",
+    "restore_or_init": "while the state was made or restored",
+    "conclude": "while evaluating the trained model",
+    "evaluate": "while evaluating",
+    "_save": "while saving a checkpoint",
+}
 
 
 def plan_here(program: Program, run: RunConfig) -> Plan:
@@ -38,28 +53,69 @@ def show_step(program: Program, run: RunConfig) -> None:
     show_plan(plan_here(program, run), Console())
 
 
+def check_state(program: Program) -> None:
+    """Refuses a state that its devices cannot hold, before it is made.
+
+    On a CPU nobody else would: the kernel kills the process, or XLA waits for ever.
+
+    Raises:
+      RunError: says what takes how much of how much.
+    """
+    memory = device_memory(program.mesh.local_devices[0])
+    state = [one for one in arguments_of(program) if one.kind != "batch"]
+    needed = sum(one.bytes for one in state)
+    if memory is None or needed <= memory:
+        return
+    parameters = sum(one.bytes for one in state if one.kind == "parameter")
+    raise RunError(
+        f"out of device memory: the state takes {words.gib(needed)} GiB of the {words.gib(memory)} of "
+        f"a device, {words.gib(parameters)} of them parameters; share it among more devices with "
+        "config.mesh.fsdp, or make the model smaller"
+    )
+
+
 def out_of_memory(error: Exception, run: RunConfig) -> RunError | None:
     """What to raise instead of `error` when devices ran out of memory; None for another error.
 
     The explanation is printed; the RunError says it in a line.
     """
     text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+    exhausted = "RESOURCE_EXHAUSTED" in text and re.search("memory|allocat", text)
+    if not exhausted and "out of memory" not in text.lower():
         return None
-    if jax.process_index() == 0:
-        program = build_program(run, make_mesh(run.mesh))
-        try:
-            plan = plan_here(program, run)
-        except RunError as failure:
-            return RunError(f"{_first_line(text)} (the compiler could not say why: {failure})")
-        show_plan(plan, Console(stderr=True))
-        changes = [f.text for f in plan.findings if f.kind == "memory" and f.change]
-        if changes:
-            return RunError(f"{_first_line(text)}; {changes[0]}")
-    return RunError(_first_line(text))
+    asked = _asked(text, _stage(error))
+    if jax.process_index() != 0:
+        return RunError(asked)
+    # The frames of the run hold its arrays; the compiler may need the memory.
+    traceback.clear_frames(error.__traceback__)
+    try:
+        plan = plan_here(build_program(run, make_mesh(run.mesh)), run)
+    except (RunError, OSError, jax.errors.JaxRuntimeError) as failure:
+        said = str(failure).splitlines()[0]
+        return RunError(f"{asked} (the compiler could not say why: {said})")
+    show_plan(plan, Console(stderr=True))
+    return RunError(f"{asked}; {_reason(plan)}")
 
 
-def _first_line(text: str) -> str:
-    """The allocator's line, without the prefix that names the status."""
+def _reason(plan: Plan) -> str:
+    if plan.fits:
+        return (
+            f"a training step by itself {words.verdict(plan)}: something else holds the rest, another "
+            "program or another part of this run"
+        )
+    changes = [f.text for f in plan.findings if f.kind == "memory" and f.change]
+    return changes[0] if changes else f"a training step {words.verdict(plan)}"
+
+
+def _stage(error: Exception) -> str:
+    """What the run was at, "" for a step."""
+    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    return next((stage for name, stage in _AT.items() if name in names), "")
+
+
+def _asked(text: str, stage: str) -> str:
+    """The allocator's line, without the prefix that names the status, and what the run was at."""
     line = re.sub(r"^(\w+: )?RESOURCE_EXHAUSTED: (E\d+: )?", "", text.splitlines()[0])
-    return f"out of device memory: {line.rstrip('.')}"
+    line = re.sub(r"^Out of memory (?=\w)", "", line)
+    line = re.sub(r"\b(\d{4,}) bytes", lambda found: words.size(int(found[1])), line)
+    return f"out of device memory: {line.rstrip('.')}" + (f", {stage}" if stage else "")

@@ -30,15 +30,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llm_jax.planner.chips import Chip
+from llm_jax.planner.chips import CORE_LINKS, Chip
 from llm_jax.planner.compiled import MeshAxis, Span
 from llm_jax.planner.hlo_collectives import PERMUTE, Collective
 
 HOP_SECONDS = 1e-6
 NETWORK_SECONDS = 10e-6
-# Between the two devices of a chip: six times the bandwidth of a link between chips
-# (docs.cloud.google.com/tpu/docs/tpu7x).
-CORE_LINKS = 6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from llm_jax.planner.collectives import Namer, exchanges_of
 from llm_jax.planner.compiled import Argument, CompiledStep
 from llm_jax.planner.hlo_text import Instruction, array_bytes
 from llm_jax.planner.plan import Exchange, Finding, Roofline
+from llm_jax.planner.source import module_of
 from llm_jax.sharding.rules import DEFAULT_RULES
 
 MIB = 2**20
@@ -309,6 +310,8 @@ def _is_logits(
 ) -> bool:
     ids = [n for n in {vocab, vocab // facts.mesh.get("tensor", 1)} if n and n in shape]
     if not ids or dtype not in ("f32", "bf16", "f16") or math.prod(shape) // max(ids) < tokens:
+        return False
+    if module_of(one.op_name).split(".")[0] == "stack":  # as many tokens or features as words
         return False
     sides = {tuple(sorted(n for n in shape if n > 1)), tuple(sorted((max(ids), tokens)))}
     weights = {tuple(sorted(a.shape)) for a in facts.step.arguments if a.kind == "parameter"}

@@ -9,6 +9,7 @@ from llm_jax.planner.collectives import name_exchanges
 from llm_jax.planner.compiled import CompiledStep
 from llm_jax.planner.cost import cost_of
 from llm_jax.planner.lint import lint
+from llm_jax.planner.logical import name_shapes
 from llm_jax.planner.memory import read_memory
 from llm_jax.planner.plan import Plan
 from llm_jax.planner.roofline import read_roofline
@@ -35,6 +36,7 @@ def make_plan(
     if roofline is not None:
         roofline = name_exchanges(roofline, step)
     memory, advice = advise(step, memory, roofline, chip.hbm_bytes)
+    memory = name_shapes(memory, step)
     findings = (*advice, *lint(step, roofline))
     # Of a program that was never finished there are no cycles: its communication can be looked at,
     # its time not told.
@@ -66,6 +68,6 @@ def _resolved(target: Target, step: CompiledStep) -> Target:
     """A target whose chips are those that the step was compiled for, where its name does not say."""
     if target.chip is not None:
         return target
-    chip = chip_of(step.device_kind, step.device_memory)
+    chip = chip_of(step.device_kind, step.device_memory, step.measured)
     devices = math.prod(axis.size for axis in step.mesh)
     return dataclasses.replace(target, chip=chip, num_chips=max(1, devices // chip.devices))

@@ -3,13 +3,15 @@
 The compiler lays a program out as fixed allocations (arguments, results, constants) and one heap. The peak
 is all of it: what the device must have. The moment of the peak is when the arrays in the heap cover most
 of it; the rest of the heap, holes that the packing leaves at that moment, is "unused", so that the parts
-sum to the peak. The compiler's own `peak_memory_in_bytes` is the peak without the holes.
+sum to the peak. The compiler's own `peak_memory_in_bytes` is the peak without the holes, or, if that is
+more, the arguments and what is offloaded to the host, which is not on the device and counts for nothing here.
 
 An array in the heap belongs to the first part whose rule holds. A parameter's shape is that of its share,
 of the whole, or anything between, of all layers or of one, in any order of the dimensions.
 
-1. logits: a dimension of the vocabulary's size, or of a share of it, and no parameter's shape; where the
-   shapes agree by chance, the einsum in the name or, without one, the scope "loss" or "head" decides.
+1. logits: a dimension of the vocabulary's size, or of a share of it, outside the stack of layers (where
+   as many tokens or features as words are no logits), and no parameter's shape; where the shapes agree
+   by chance, the einsum in the name or, without one, the scope "loss" or "head" decides.
 2. gradients: a parameter's shape, made by the backward pass, the optimizer or the loss (which makes the
    head's gradient in the forward pass), in float32, or by the product or the reduction that gives it.
 3. collectives: what an all-gather or another collective gave.
@@ -76,6 +78,7 @@ def read_memory(step: CompiledStep, capacity: int, devices_per_chip: int = 1) ->
         buffers=tuple(sorted(buffers, key=lambda buffer: -buffer.bytes)),
         timeline=tuple((place, (fixed + size) * devices_per_chip) for place, size in used),
         at=f"{name} {program.makers.source(name)}".strip(),
+        host=layout.host * devices_per_chip,
     )
 
 
@@ -135,7 +138,8 @@ class _Program:
         of_tokens = product is not None and not set(product).isdisjoint("bts")
         of_parameter = maker.parameter is not None or bool(self._shapes.like(value.shape))
         is_weight = of_parameter and not of_tokens
-        if self._shapes.has_vocabulary(value.shape) and maker.parameter is None:
+        has_words = self._shapes.has_vocabulary(value.shape) and module[0] != "stack"
+        if has_words and maker.parameter is None:
             by_chance = is_weight and product is None and self._shapes.is_whole_head(value.shape)
             scope = module[0] in ("loss", "head") and not maker.collective
             if not is_weight or (by_chance and scope and not self._is_carried(value)):

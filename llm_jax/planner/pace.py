@@ -7,9 +7,9 @@
   backward pass; all others stand exposed.
 
 The shares are the same for all chips and models. Steps of gpt_1b come within 20 % of their compiled plans
-on v5e, v5p, v6e and tpu7x, sharded or with tensor=4. What a pipeline copies in its turns, and a mixture
-of experts when it sorts its tokens, is counted in part only: their steps can take twice the time and more.
-Good for ranking meshes of a kind, not for promises.
+on v5e, v5p, v6e and tpu7x, sharded or with tensor=4; two small mixtures of experts on v5e, whose rows take
+more time to sort and lay out than to multiply, within 15 %. What a pipeline copies in its turns is counted
+in part only: its steps can take twice the time and more. Good for ranking meshes of a kind, not for promises.
 """
 
 import collections
@@ -30,6 +30,11 @@ from llm_jax.training.config import RunConfig
 MATMUL_EFFICIENCY = 0.85
 # Softmax runs on the vector unit between two products; a head narrower than the matrix unit wastes the rest.
 ATTENTION_EFFICIENCY = 0.5
+# What each exchange of a mixture's rows costs beside its links, in operations of the vector unit for a byte:
+# libtpu zeroes and relays them for `ragged-all-to-all` in tiles of two rows. From its cycles for v5e. A
+# GPU writes and reads the rows as often as nn/experts.py sorts them.
+_SORT_OPERATIONS = 430
+_SORT_PASSES = 4
 # Chips on which gathers of weights run beside products: as libtpu 0.0.42 and XLA for GPUs schedule them.
 HIDES_GATHERS = ("v5e", "tpu7x")
 
@@ -65,6 +70,7 @@ def pace(run: RunConfig, placement: Placement) -> Roofline | None:
     flops, compute = _compute_seconds(run, placement, chip)
     bounds["compute"] = compute
     bounds["memory"] = _memory_seconds(run, placement, chip)
+    bounds["other"] = _sorting_seconds(run, placement, chip)
     for traffic in exchanges(run, placement, compute):
         once = seconds_of(traffic, placement)
         name = "communication " + "+".join(traffic.axes)
@@ -168,6 +174,25 @@ def _memory_seconds(run: RunConfig, placement: Placement, chip: Chip) -> float:
     return total / chip.hbm_bytes_per_second
 
 
+def _sorting_seconds(run: RunConfig, placement: Placement, chip: Chip) -> float:
+    """Of what surrounds the exchanges of a mixture's rows, whole buffers of them."""
+    config, experts = placement.transformer, placement.transformer.mlp
+    if not isinstance(experts, MoeConfig) or not placement.held["experts"]:
+        return 0.0
+    factor = experts.capacity_factor or experts.round_factor
+    rows = _tokens_of_chip(run, placement) * experts.experts_per_token * factor
+    moved = rows * config.embed_dim * element_size(run) * _row_exchanges(run)
+    moved *= config.num_layers * placement.turns_per_item
+    if chip.kind == "tpu" and chip.vector_flops:
+        return moved * _SORT_OPERATIONS / chip.vector_flops
+    return moved * _SORT_PASSES / chip.hbm_bytes_per_second
+
+
+def _row_exchanges(run: RunConfig) -> int:
+    """Of a layer, to the experts and back, in both passes and again where the forward one is."""
+    return 4 if run.model.remat == "none" else 6
+
+
 def exchanges(run: RunConfig, placement: Placement, compute_seconds: float) -> Iterator[Traffic]:
     """The collectives of a step."""
     yield from _weights_exchanged(run, placement, compute_seconds)
@@ -245,9 +270,8 @@ def _activations_exchanged(run: RunConfig, placement: Placement) -> Iterator[Tra
         yield Traffic("reduce-scatter", context, pairs, layers)
     experts = held["experts"]
     if experts and isinstance(config.mlp, MoeConfig):
-        times = 4 if run.model.remat == "none" else 6
         rows = hidden * config.mlp.experts_per_token
-        yield Traffic("all-to-all", experts, rows, layers * times)
+        yield Traffic("all-to-all", experts, rows, layers * _row_exchanges(run))
     stages = held["stage"]
     if stages:
         sent = (

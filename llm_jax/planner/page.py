@@ -36,8 +36,8 @@ def write_page(
     sections[0] += f'<p class="lead">{_lead(plans)}</p></header>'
     if not alone:
         sections.append(_comparison(plans, colors, notes))
-    for plan in plans:
-        sections += _plan(plan, colors, alone)
+    for plan, label in zip(plans, words.labels(plans), strict=True):
+        sections += _plan(plan, colors, "" if alone else label)
     path = Path(path)
     replace_file(path, [document(title, sections).encode("utf-8", "replace")])
     return path
@@ -50,22 +50,20 @@ def _lead(plans: Sequence[Plan]) -> str:
     return f"{len(plans)} plans, {fitting} of them fit in memory."
 
 
-def _plan(plan: Plan, colors: Mapping[str, str], alone: bool) -> list[str]:
+def _plan(plan: Plan, colors: Mapping[str, str], label: str) -> list[str]:
+    """label: what tells it from the others on the page, "" where it is alone."""
     head = ""
-    if not alone:
-        head = f'<h2 class="plan">{html.escape(_name(plan))}</h2>'
+    if label:
+        head = f'<h2 class="plan">{html.escape(label)}</h2>'
         head += f'<p class="soft">{html.escape(words.subject(plan))}</p>'
-    head += f'<p class="answer{"" if plan.fits else " no"}">{html.escape(words.verdict(plan))}</p>'
+    verdict = html.escape(words.verdict(plan)).replace(" %", "&nbsp;%")
+    head += f'<p class="answer{"" if plan.fits else " no"}">{verdict}</p>'
     if plan.estimated:
         head += f'<p class="estimate">Estimate: {words.ESTIMATED}.</p>'
     sections = [head + _tiles(plan), _findings(plan), _memory(plan.memory)]
     if plan.roofline is not None:
         sections += [_time(plan, plan.roofline, colors), _communication(plan.roofline)]
     return [*sections, _about(plan)]
-
-
-def _name(plan: Plan) -> str:
-    return f"{plan.target}, mesh {words.mesh_sizes(plan.mesh)}"
 
 
 def _tiles(plan: Plan) -> str:
@@ -238,19 +236,17 @@ def _comparison(plans: Sequence[Plan], colors: Mapping[str, str], notes: Sequenc
     if notes:
         items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
         body += f'<ul class="reasons">{items}</ul>'
-    said = [(plan, words.mesh_sizes(plan.mesh)) for plan in plans]
-    same = len({plan.target for plan in plans}) == 1
-    label = lambda plan, mesh: mesh if same else f"{plan.target} {mesh}"  # noqa: E731
+    labels = list(zip(plans, words.labels(plans), strict=True))
     memory = [
-        Bar(label(p, mesh), pictures.memory_pieces(p.memory, 1 / (p.memory.capacity or p.memory.peak)),
+        Bar(label, pictures.memory_pieces(p.memory, 1 / (p.memory.capacity or p.memory.peak)),
             words.size(p.memory.peak), (1.0, f"{words.gib(p.memory.capacity)} GiB"))
-        for p, mesh in said
+        for p, label in labels
     ]  # fmt: skip
     body += f"<h3>Memory per chip, as a share of its capacity</h3>{pictures.keys(pictures.PART_COLORS)}{pictures.stacked_bars(memory)}"
     time = [
-        Bar(label(p, mesh), pictures.bound_pieces(words.ordered_bounds(p.roofline.bounds), colors),
+        Bar(label, pictures.bound_pieces(words.ordered_bounds(p.roofline.bounds), colors),
             words.duration(p.roofline.step_seconds))
-        for p, mesh in said if p.roofline is not None
+        for p, label in labels if p.roofline is not None
     ]  # fmt: skip
     if time:
         body += f"<h3>Time of a step</h3>{pictures.keys(colors)}{pictures.stacked_bars(time)}"

@@ -43,6 +43,7 @@ class Memory:
 
     "unused" is space that the compiler's packing leaves between live arrays. timeline: (place in the
     schedule, bytes alive) where the amount changes. at: the instruction and source of the peak.
+    host: pinned in the host's memory, which no part counts.
     """
 
     capacity: int
@@ -51,6 +52,7 @@ class Memory:
     buffers: tuple[LiveBuffer, ...]
     timeline: tuple[tuple[int, int], ...]
     at: str
+    host: int = 0
 
     @property
     def fits(self) -> bool:

@@ -31,8 +31,6 @@ from llm_jax.planner.kernels import KernelCost, Mask, kernel_cost
 from llm_jax.planner.plan import Exchange, Kind, Op
 from llm_jax.planner.source import Sources, direction_of, frame_id, module_of
 
-# Between a chip and its host's memory (scaling-book, "TPUs": about 16 GB/s over PCIe).
-HOST_BYTES_PER_SECOND = 16e9
 _HOST_SPACE = 5  # of memory, in layouts
 
 # Take no time: views, and values that are there already.
@@ -104,7 +102,7 @@ class _Walk:
     def loop(self, one: Instruction, where: str, place: Place) -> float:
         inside, trips = place.inside(self.computations, where, one)
         (body,) = one.called("body")
-        return self.run(body, inside) * trips
+        return self.run(body, inside) * trips if trips else 0.0
 
     def conditional(self, one: Instruction, place: Place) -> float:
         """Only one branch runs: the slowest stands for all."""
@@ -150,8 +148,10 @@ class _Walk:
         moved = min((float(a.bytes) for a in one.arrays if a.shape), default=0.0)
         moved *= self._chip.devices
         host = any(array.space == _HOST_SPACE for array in one.arrays)
-        rate = HOST_BYTES_PER_SECOND if host else self._chip.hbm_bytes_per_second
-        work = _Work("copy", 0.0, moved, moved / rate, "memory", "roofline")
+        chip = self._chip
+        rate = chip.host_bytes_per_second if host else chip.hbm_bytes_per_second
+        bound = "communication host" if host else "memory"
+        work = _Work("copy", 0.0, moved, moved / rate, bound, "roofline")
         return work, "host" if host else "memory"
 
     def work(self, where: str, one: Instruction) -> _Work | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llm_jax.core.config import ConfigError, to_dict
 from llm_jax.data.progress import Progress, Silent
+from llm_jax.planner import words
 from llm_jax.planner.compile import Request, compile_many
 from llm_jax.planner.compiled import CompiledStep
 from llm_jax.planner.hunt import Candidate, Hunt, Objective, Trial, score
@@ -21,8 +22,6 @@ from llm_jax.planner.make import make_plan
 from llm_jax.planner.plan import Plan
 from llm_jax.planner.topology import Target, libtpu_version, parse_target
 from llm_jax.training.config import RunConfig
-
-_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,15 +170,15 @@ def _trial(
 
 
 def line_of(trial: Trial) -> str:
-    """`v5e:4x4: fsdp 16, remat full: 812 ms, 5.1 of 15.8 GiB`."""
+    """`v5e:4x4: fsdp 16, remat full: 812 ms, 5.12 of 15.75 GiB`."""
     choice = f"{trial.candidate.target.name}: {trial.candidate.summary}"
     if trial.plan is None:
         return f"{choice}: {trial.why}"
     memory = trial.plan.memory
-    held = f"{memory.peak / _GIB:.1f} of {memory.capacity / _GIB:.1f} GiB"
+    held = f"{words.gib(memory.peak)} of {words.gib(memory.capacity)} GiB"
     if not trial.fits:
         return f"{choice}: does not fit, {held}"
-    return f"{choice}: {_ms(trial.plan.roofline.step_seconds)}, {held}"
+    return f"{choice}: {words.duration(trial.plan.roofline.step_seconds)}, {held}"
 
 
 def explain(result: SearchResult) -> list[str]:
@@ -198,7 +197,9 @@ def explain(result: SearchResult) -> list[str]:
     for trial in result.trials:
         if trial.plan is not None and not trial.plan.fits:
             over = trial.plan.memory.peak / trial.plan.memory.capacity - 1
-            lines.append(f"{_name(trial)} would need {100 * over:.0f} % more memory than there is")
+            lines.append(
+                f"{_name(trial)} would need {words.percent(over)} more memory than there is"
+            )
             break
     return lines
 
@@ -214,13 +215,9 @@ def _name(trial: Trial) -> str:
     return f"{trial.candidate.target.name} with {trial.candidate.summary}"
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.0f} ms" if seconds > 0.01 else f"{1e3 * seconds:.2f} ms"
-
-
 def _bound(plan: Plan) -> str:
-    name, seconds = max(plan.roofline.bounds.items(), key=lambda item: item[1])
-    return f"{100 * seconds / plan.roofline.step_seconds:.0f} % of the step is {name}"
+    name, share = words.binding(plan.roofline)
+    return f"{words.percent(share)} of the step is {name}"
 
 
 def _comparison(result: SearchResult, what: str, winner: Trial, other: Trial) -> list[str]:
@@ -236,12 +233,12 @@ def _comparison(result: SearchResult, what: str, winner: Trial, other: Trial) ->
         ((name, change) for name, change in changes.items() if abs(change) > 0.005 * step),
         key=lambda item: -abs(item[1]),
     )
-    spent = [f"{_ms(change)} more on {name}" for name, change in notable if change > 0]
-    saved = [f"{_ms(-change)} less on {name}" for name, change in notable if change < 0]
-    text = f"it spends {', '.join(spent)} a step" if spent else "its steps are no slower"
+    spent = [f"{words.duration(change)} more on {name}" for name, change in notable if change > 0]
+    saved = [f"{words.duration(-change)} less on {name}" for name, change in notable if change < 0]
+    text = f"a step spends {', '.join(spent)}" if spent else "its steps are no slower"
     lines.append(text + (f", and {', '.join(saved)}" if saved else ""))
-    peaks = [trial.plan.memory.peak / _GIB for trial in (winner, other)]
-    lines.append(f"memory per chip: {peaks[1]:.1f} GiB, and {peaks[0]:.1f} with the best")
+    peaks = [words.size(trial.plan.memory.peak) for trial in (winner, other)]
+    lines.append(f"memory per chip: {peaks[1]}, and {peaks[0]} with the best")
     return lines
 
 
@@ -307,8 +304,8 @@ def _expectation(trial: Trial) -> str:
     if plan is None or plan.roofline is None:
         return "not planned"
     roofline = plan.roofline
-    mfu = "" if roofline.mfu is None else f" (MFU {100 * roofline.mfu:.0f} %)"
-    text = f"{_ms(roofline.step_seconds)} a step{mfu}, {plan.memory.peak / _GIB:.1f} GiB per chip"
+    mfu = "" if roofline.mfu is None else f" (MFU {words.percent(roofline.mfu)})"
+    text = f"{words.duration(roofline.step_seconds)} a step{mfu}, {words.size(plan.memory.peak)} per chip"
     if plan.cost is not None:
-        text += f"; {plan.cost.days:.1f} days for {plan.cost.tokens:.3g} tokens"
+        text += f"; {words.days(plan.cost.days)} for {words.amount(plan.cost.tokens)} tokens"
     return text

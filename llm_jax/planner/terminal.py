@@ -26,10 +26,16 @@ PART_STYLES = {
 }  # fmt: skip
 BOUND_STYLES = {"compute": "green", "memory": "blue", "other": "bright_black"}
 COMMUNICATION_STYLE = "yellow"
-# Of the ranking: columns of words, and those that a narrow terminal has no room for.
+# Of the ranking: columns of words, and those that go below their row where a terminal has no room, in
+# this order, the first six together, and how they read there.
 _LEFT = ("target", "mesh", "rules", "remat", "fits", "bound")
-_UNDER = ("mesh", "rules", "remat", "micro", "days", "dollars")
-_UNITS = {"micro": " microbatches", "days": " days"}
+_UNDER = {
+    "mesh": "{}", "rules": "{}", "remat": "remat {}", "micro": "{} microbatches", "days": "{} days",
+    "dollars": "{}", "bound": "bound by {}", "MFU": "MFU {}", "tok/s/chip": "{} tok/s/chip",
+    "step": "{} a step",
+}  # fmt: skip
+# Of the whole; what is less is named in a line under the picture, or counted.
+_TINY = 1e-3
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -51,24 +57,31 @@ def show_ranking(plans: Sequence[Plan], console: Console) -> None:
     rows = words.ranking(plans)
     if not rows:
         return
-    columns = list(rows[0])
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
-    # What does not fit in a line goes to a second one, under its target.
-    under = _UNDER if sum(widths.values()) + 2 * len(columns) > console.width else ()
-    first = [name for name in columns if name not in under]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    under = _no_room(widths, console.width)
+    first = [name for name in widths if name not in under]
     _say(console, _line({name: name for name in first}, widths), "dim")
     for row, plan in zip(rows, plans, strict=True):
         line = Text(_line({name: row[name] for name in first}, widths))
         if not plan.fits:
             line.stylize("red")
         console.print(line, no_wrap=True, overflow="ignore")
-        more = [row[name] + _UNITS.get(name, "") for name in under if row.get(name)]
-        change = next((f.change for f in plan.findings if f.change), None)
-        more += [f"try {change}"] if change and not plan.fits else []
+        more = [_UNDER[name].format(row[name]) for name in under if row[name]]
+        cure = words.cure(plan)
+        more += [f"try {cure}"] if cure else []
         if more:
             _say(console, f"  {', '.join(more)}", "dim")
     if any(plan.estimated for plan in plans):
         _say(console, f"~ {words.ESTIMATED}", "dim")
+
+
+def _no_room(widths: Mapping[str, int], width: int) -> list[str]:
+    """The columns of a ranking that go to a second line, under their target."""
+    names = [name for name in _UNDER if name in widths]
+    needed = lambda under: sum(2 + widths[name] for name in widths if name not in under)  # noqa: E731
+    together = [name for name in list(_UNDER)[:6] if name in widths]
+    tried = ([], *(names[:count] for count in range(len(together), len(names) + 1)))
+    return next((under for under in tried if needed(under) <= width + 2), names)
 
 
 def _line(cells: Mapping[str, str], widths: Mapping[str, int]) -> str:
@@ -82,26 +95,28 @@ def _line(cells: Mapping[str, str], widths: Mapping[str, int]) -> str:
 def _headline(plan: Plan, console: Console) -> None:
     if plan.estimated:
         _say(console, f"ESTIMATE: {words.ESTIMATED}", "bold yellow")
-    _say(console, words.subject(plan))
     _say(console, words.verdict(plan), "bold green" if plan.fits else "bold red")
-    if not plan.fits:
-        change = next((f for f in plan.findings if f.change), None)
-        if change is not None:
-            _say(console, f"change: {change.change}", "bold")
-    time = plan.roofline
-    if time is None:
-        return
+    cure = words.cure(plan)
+    if cure is not None:
+        flags = " ".join(f"--config.{override}" for override in cure.split())
+        _say(console, f"to make it fit: {flags}", "bold")
+    if plan.roofline is not None:
+        _say(console, _pace(plan.roofline), "bold")
+    _say(console, words.subject(plan))
+
+
+def _pace(time: Roofline) -> str:
     name, share = words.binding(time)
     pace = f"{words.duration(time.step_seconds)} a step, {time.tokens_per_second:,.0f} tokens/s per chip"
     said = [pace, words.utilization(time), f"bound by {name} ({words.percent(share)})"]
-    _say(console, "; ".join(filter(None, said)), "bold")
+    return "; ".join(filter(None, said))
 
 
 def _memory(memory: Memory, console: Console) -> None:
     _title(console, f"Memory per chip at the peak, {words.size(memory.peak)}")
     parts = words.ordered_parts(memory)
     _waterfall(parts, PART_STYLES, words.size, memory.peak, memory.capacity, console)
-    if memory.at:
+    if memory.at and memory.buffers:  # an estimate knows no moment
         _say(console, f"at {memory.at}", "dim")
 
 
@@ -119,8 +134,11 @@ def _waterfall(
         table.add_column(justify=justify, no_wrap=True)
     width = WIDE_BAR if _is_wide(console) else BAR
     ascii_only = console.options.ascii_only
-    start = 0.0
+    start, tiny = 0.0, []
     for name, value in amounts.items():
+        if value < _TINY * total:
+            tiny.append(f"{name} {text(value)}")
+            continue
         style = styles.get(name, COMMUNICATION_STYLE)
         piece = Text(_piece(start / total, (start + value) / total, width, ascii_only), style=style)
         share = words.percent(value / total)
@@ -132,6 +150,8 @@ def _waterfall(
         bar.pad_right(max(0, width - len(bar)), "." if ascii_only else "·")
         table.add_row("of capacity", bar, f"{words.gib(capacity)} GiB", words.percent(used))
     console.print(table)
+    if tiny:
+        _say(console, f"and {', '.join(tiny)}", "dim")
 
 
 def _piece(start: float, end: float, width: int, ascii_only: bool) -> str:
@@ -176,7 +196,7 @@ def _time(roofline: Roofline, console: Console) -> None:
         _ops(ops, roofline, console)
     exchanges = words.dearest_exchanges(roofline)
     if exchanges:
-        _exchanges(exchanges, console)
+        _exchanges(exchanges, roofline.step_seconds, console)
 
 
 def _ops(ops: Sequence[Op], roofline: Roofline, console: Console) -> None:
@@ -199,21 +219,25 @@ def _ops(ops: Sequence[Op], roofline: Roofline, console: Console) -> None:
     console.print(table)
 
 
-def _exchanges(exchanges: Sequence[Exchange], console: Console) -> None:
-    dearest = exchanges[:MOST_ROWS]
+def _exchanges(exchanges: Sequence[Exchange], step: float, console: Console) -> None:
+    dearest = [e for e in exchanges if e.seconds * e.times >= _TINY * step][:MOST_ROWS]
+    if not dearest:
+        _title(console, "Collectives")
+        _say(console, f"{len(exchanges)}, none of which takes {words.percent(_TINY)} of the step")
+        return
     title = "Collectives"
     if len(dearest) < len(exchanges):
         title = f"The {len(dearest)} dearest of {len(exchanges)} collectives"
     _title(console, title)
     wide = _is_wide(console)
-    head = ("exposed ms", "ms each", "times", "bytes", "kind", "axes", "serves", "source")
+    head = ("exposed ms", "ms each", "times", "bytes", "kind", "axes", "pass", "serves", "source")
     table = _table(head, left=head[4:]) if wide else _blocks(("exposed ms", "ms each", "times"))
     for e in dearest:
         figures = (words.milliseconds(e.exposed * e.times), words.milliseconds(e.seconds),
                    f"{e.times:,}")  # fmt: skip
         serves = f"{e.role} {e.tensor}".strip()
         if wide:
-            rest = (words.size(e.bytes), e.kind, e.axes, serves, e.source)
+            rest = (words.size(e.bytes), e.kind, e.axes, e.direction, serves, e.source)
             table.add_row(*figures, *map(escape, rest))
         else:
             what = f"{e.kind} over {e.axes}, {words.size(e.bytes)}, {e.direction}"

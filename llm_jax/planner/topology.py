@@ -257,8 +257,10 @@ def _checked_shape(chip: Chip, dimensions: str, name: str) -> Shape:
     sizes = tuple(int(size) for size in dimensions.split("x"))
     if len(sizes) == chip.dimensions and (*sizes, 1)[:3] in shapes(chip):
         return (*sizes, 1)[:3]
-    wanted = (*sorted(sizes), 1, 1)[:3]
-    distance = lambda shape: sum(abs(a - b) for a, b in zip(shape, wanted, strict=True))  # noqa: E731
+    wanted = (*sorted(max(size, 1) for size in sizes), 1, 1)[:3]
+    distance = lambda shape: sum(  # noqa: E731
+        abs(math.log(a / b)) for a, b in zip(shape, wanted, strict=True)
+    )
     best = min(shapes(chip), key=distance)
     raise ConfigError(
         f"topology {name!r}: {chip.name} has no slice of this shape; the nearest is "

@@ -4,12 +4,16 @@ XLA notes `known_trip_count` on CPU and GPU. On TPU it is read here: the conditi
 element of the loop's tuple, which the body moves by a constant, with a bound, a constant of the
 condition or an element that the body passes on. Any other form counts as one run; nothing is
 guessed from constants that merely stand there.
+
+One loop is known by its name: the rounds that experts add for choices beyond their buffers
+(nn/experts.py). How many, only the router knows; they count as none, as they are with an even one.
 """
 
 import dataclasses
 import re
 from collections.abc import Sequence
 
+from llm_jax.nn.experts import OVERFLOW_ROUNDS
 from llm_jax.planner.hlo_text import Computations, Instruction, root
 
 # Instructions that hand on the value of their only operand.
@@ -40,6 +44,8 @@ def trip_count(computations: Computations, loops: Sequence[tuple[str, Instructio
     loops: each with the computation that holds it, the outermost first.
     """
     loop = loops[-1][1]
+    if OVERFLOW_ROUNDS in loop.op_name.split("/"):
+        return 0
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -87,18 +93,18 @@ def _runs(first: int, bound: int, step: int, direction: str) -> int:
     return max(-(-distance // step), 0) if distance * step > 0 else 0
 
 
-def _compared(values: "_Values", root: Instruction) -> tuple[_Element, _Value, str] | None:
+def _compared(values: "_Values", last: Instruction) -> tuple[_Element, _Value, str] | None:
     """The counter, what it is compared with, and how, the counter to the left."""
-    if root.opcode in _SAME:
-        return _compared(values, values.by_name[root.operand_names[0]])
-    if root.opcode == "fusion":
-        (target,) = root.called("calls")
-        inner = values.inside(target, root)
+    if last.opcode in _SAME:
+        return _compared(values, values.by_name[last.operand_names[0]])
+    if last.opcode == "fusion":
+        (target,) = last.called("calls")
+        inner = values.inside(target, last)
         return _compared(inner, root(values.computations[target]))
-    if root.opcode != "compare":
+    if last.opcode != "compare":
         return None
-    direction = re.search(r"direction=([A-Z]+)", root.attributes)[1]
-    left, right = (values.of(name) for name in root.operand_names)
+    direction = re.search(r"direction=([A-Z]+)", last.attributes)[1]
+    left, right = (values.of(name) for name in last.operand_names)
     if isinstance(right, _Element) and not isinstance(left, _Element):
         left, right = right, left
         direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)

@@ -6,6 +6,7 @@ Sizes are in GiB, as memory is sold; bandwidth and FLOPs in powers of ten, as ra
 import collections
 import dataclasses
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -181,14 +182,23 @@ def who_says(plan: Plan) -> str:
     shares = [f"{BY[by]} {percent(time[by] / total)}" for by in BY if time[by] > 5e-4 * total]
     if roofline.efficiency != 1:
         shares.append(f"all divided by {roofline.efficiency:.3g}, the efficiency of {plan.chip}")
-    return "times by " + ", ".join(shares)
+    return "times by " + ", ".join(shares) + _measured(plan)
+
+
+def _measured(plan: Plan) -> str:
+    """The rates that this machine was asked for, for want of a table; "" where there are none."""
+    rates = plan.step.measured if plan.step else {}
+    if not rates:
+        return ""
+    flops, moved = (rate(rates[name]) for name in ("peak_flops", "bytes_per_second"))
+    return f"; rates measured on this machine: {flops}FLOP/s and {moved}B/s of a device"
 
 
 def work(op: Op | Exchange) -> str:
     """What an instruction does: its einsum, its kernel, its primitive, or else its own name."""
     pieces = [piece for piece in op.op_name.split(";")[0].split("/") if piece not in _UNTOLD]
     einsum = next((piece for piece in reversed(pieces) if "->" in piece), None)
-    return einsum or (pieces[-1].strip("()") if pieces else op.name)
+    return einsum or (re.sub(r"^(?:\w*\()+|\)+$", "", pieces[-1]) if pieces else op.name)
 
 
 def array(buffer: LiveBuffer, count: int = 1) -> str:
@@ -213,10 +223,17 @@ def remedy(buffer: LiveBuffer) -> str:
 
 
 def price_of(finding: Finding) -> str:
-    """What a finding costs: "1.2 GiB, 14 ms a step"."""
-    costs = [size(finding.bytes)] if finding.bytes else []
+    """What a finding costs beside what its text says: "1.2 GiB, 14 ms a step"."""
+    memory = size(finding.bytes)
+    costs = [memory] if finding.bytes and memory not in finding.text else []
     costs += [f"{duration(finding.seconds)} a step"] if finding.seconds else []
     return ", ".join(costs)
+
+
+def cure(plan: Plan) -> str | None:
+    """The overrides, with spaces between them, by which a plan would fit; None where none is known."""
+    changes = (f.change for f in plan.findings if f.kind == "memory" and f.change)
+    return None if plan.fits else next(changes, None)
 
 
 def untold(finding: Finding) -> bool:
@@ -285,6 +302,23 @@ def ranking(plans: Sequence[Plan]) -> list[dict[str, str]]:
     rows = [_ranking_row(plan) for plan in plans]
     used = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
     return [{name: row[name] for name in used} for row in rows]
+
+
+def labels(plans: Sequence[Plan]) -> list[str]:
+    """What tells plans apart, of target, mesh and what a search may change; numbered where nothing does."""
+    rows = [_ranking_row(plan) for plan in plans]
+    known = {"target": "{}", "mesh": "{}", "rules": "rules {}", "remat": "remat {}",
+             "micro": "{} microbatches"}  # fmt: skip
+    telling = [name for name in known if len({row[name] for row in rows}) > 1]
+    said = [
+        ", ".join(known[name].format(row[name]) for name in telling if row[name]) for row in rows
+    ]
+    if len(set(said)) == len(said) and all(said):
+        return said
+    return [
+        f"{number}: {text or plan.target}"
+        for number, (text, plan) in enumerate(zip(said, plans, strict=True), 1)
+    ]
 
 
 def _ranking_row(plan: Plan) -> dict[str, str]:

@@ -32,6 +32,7 @@ from llm_jax.planner.chips import device_memory, find_chip
 from llm_jax.planner.compile import ANSWER, REQUEST, STEP, Request, versions
 from llm_jax.planner.compiled import CompiledStep, MemoryAnalysis, OutOfMemory
 from llm_jax.planner.layout import arguments_of, mesh_axes
+from llm_jax.planner.rates import measure_rates
 from llm_jax.sharding import xla_flags
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.training.config import RunConfig, resolve
@@ -158,7 +159,15 @@ def _compile(
         live_ranges=_dump(dumps, "after_optimizations-live-range.txt"),
         device_kind=device.device_kind,
         device_memory=device_memory(device),
+        measured=_measured(device, run) if request.target == "local" else {},
     )
+
+
+def _measured(device: jax.Device, run: RunConfig) -> Mapping[str, float]:
+    chip = find_chip(device)
+    if chip.peak_flops and chip.hbm_bytes_per_second:
+        return {}
+    return measure_rates(device, run.train.compute_dtype)
 
 
 def _options(request: Request) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llm_jax.core.types import Batch, Model, Objective
 from llm_jax.nn.precision import Precision
 from llm_jax.optim.make import make_optimizer
 from llm_jax.optim.schedule import make_schedule
+from llm_jax.sharding import xla_flags
 from llm_jax.sharding.mesh import make_rules
 from llm_jax.sharding.place import batch_sharding
 from llm_jax.sharding.rules import AxisRules, logical_axes, shardings_for, use_rules
@@ -129,6 +130,7 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
             donate_argnums=0,
             in_shardings=(shardings, batch_shardings),
             out_shardings=(shardings, rules.replicated()),
+            compiler_options=xla_flags.device_options(mesh.devices.flat[0].device_kind) or None,
         ),
         evaluate=jax.jit(evaluate, out_shardings=rules.replicated()),
     )

@@ -3,7 +3,7 @@ from typing import Literal
 
 import pytest
 
-from llm_jax.core.config import ConfigError, component, load, parse, to_dict
+from llm_jax.core.config import ConfigError, component, load, parse, set_override, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,13 @@ class Outer:
     def __post_init__(self):
         if self.size < 0:
             raise ValueError(f"size {self.size} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    remat: Literal["none", "full"] = "full"
+    perhaps: Literal["none", "full"] | None = "full"
+    other: Literal["a", "b"] = "a"
 
 
 def test_parse_and_back():
@@ -100,3 +107,14 @@ def test_components_are_found_by_name():
     assert component("models", "gpt").make
     with pytest.raises(ConfigError, match=r"objectives has no 'causal'.*choices: causal_lm"):
         component("objectives", "causal")
+
+
+def test_a_choice_called_none():
+    config = {}
+    set_override(config, "remat=none")
+    assert config == {"remat": None}
+    assert parse(Kept, config).remat == "none"
+    assert parse(Kept, {"remat": "none"}).remat == "none"
+    assert parse(Kept, {"perhaps": None}).perhaps is None
+    with pytest.raises(ConfigError, match=r"config.other = None; choices: a, b"):
+        parse(Kept, {"other": None})

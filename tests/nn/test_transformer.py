@@ -87,6 +87,19 @@ def test_remat_changes_memory_not_gradients(policy):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_remat_recomputes_where_no_loop_is_left():
+    """The compiler must not merge the recomputation with the forward pass."""
+    batch = random_batch()
+
+    def flops(**options):
+        graphdef, params = nnx.split(make_model(**options))
+        loss = lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(batch).logits))  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()["flops"]
+
+    plain = flops(scan_unroll=2)
+    assert flops(scan_unroll=2, remat="full") > 1.1 * plain
+
+
 def test_unstacked_layers_compute_the_same():
     model, batch = make_model(**FAMILIES["qwen3"]), random_batch()
     np.testing.assert_allclose(

@@ -135,6 +135,14 @@ def test_each_part_has_its_key(one, change):
         applied(run, change)
 
 
+def test_host_memory_is_said():
+    memory = dataclasses.replace(memory_of(HIDDEN), host=3 * 2**30)
+    _, (finding,) = advise(step_of(run_of()), memory, None, 2**40)
+    assert finding.kind == "note"
+    assert finding.bytes == memory.host
+    assert finding.text.startswith("3.00 GiB per chip")
+
+
 def test_scores_want_another_kernel():
     run = run_of(train={"attention_kernel": "reference"})
     scores = buffer("attention", (ROWS, 4, LENGTH, LENGTH), "stack.layers.attention", "f32")

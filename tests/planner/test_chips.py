@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import resource
 from pathlib import Path
 
 import jax
@@ -53,6 +54,12 @@ def test_the_cpu_at_hand_shares_its_memory_among_its_devices():
     assert chip.hbm_bytes == device_memory(device) > 2**26
     whole = re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
     assert chip.hbm_bytes * jax.local_device_count() <= 1024 * int(whole[1])
+
+
+def test_a_limit_of_virtual_memory_counts(monkeypatch):
+    devices = jax.local_device_count()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (devices * 2**20, resource.RLIM_INFINITY))
+    assert device_memory(jax.devices()[0]) == 2**20
 
 
 def test_what_a_device_says_of_its_memory_wins():

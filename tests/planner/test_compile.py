@@ -25,6 +25,7 @@ from llm_jax.planner.compiled import (
     OutOfMemory,
     Span,
 )
+from llm_jax.planner.memory import read_memory
 from llm_jax.planner.worker import compile_here
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.training.config import resolve
@@ -114,6 +115,16 @@ def test_a_compiled_step_holds_what_the_analyses_read(compiled):
     assert step.model_flops["full"] > step.model_flops["causal"] > 6 * 2 * 4 * 512**2
     assert step.device_kind in CHIPS["v5e"].device_kinds
     assert set(step.versions) == {"jax", "jaxlib", "libtpu"}
+
+
+@libtpu
+def test_the_memory_of_a_tpu_program_is_the_compilers_and_names_every_parameter(compiled):
+    step, _ = compiled
+    memory = read_memory(step, CHIPS["v5e"].hbm_bytes)
+    assert sum(memory.parts.values()) == memory.peak
+    assert memory.peak - memory.parts["unused"] == pytest.approx(step.memory.peak, rel=0.02)
+    named = {f"params.{b.module}" for b in memory.buffers if b.part == "parameters"}
+    assert named == {a.path for a in step.arguments if a.kind == "parameter"}
 
 
 @libtpu

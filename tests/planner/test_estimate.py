@@ -172,3 +172,22 @@ def test_an_estimate_takes_no_time():
     start = time.perf_counter()
     estimate(dataclasses.replace(run), parse_target("v5p-256"))
     assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "compiled"),
+    [
+        # Four layers of 1024, remat full; two of 2048, remat none: from libtpu 0.0.42's cycles.
+        ({"embed_dim": 1024, "num_layers": 4, "num_heads": 8, "remat": "full", "max_length": 2048}, 0.141),
+        ({"embed_dim": 2048, "num_layers": 2, "num_heads": 16, "max_length": 1024}, 0.0644),
+    ],
+)  # fmt: skip
+def test_experts_take_the_time_to_sort_their_rows(sizes, compiled):
+    changes = {f"model__{name}": value for name, value in sizes.items()}
+    run = small(
+        **changes, model__vocab_size=4096, model__mlp_dim=None, data__sequence_length=sizes["max_length"],
+        model__experts={"num_experts": 8, "mlp_dim": 1024}, mesh__fsdp=2, mesh__expert=2,
+        train__batch_size=16,
+    )  # fmt: skip
+    time = estimate(run, parse_target("v5e:2x2")).roofline.step_seconds
+    assert time == pytest.approx(compiled, rel=0.15)

@@ -128,6 +128,13 @@ def test_logits_that_are_not_chunked_are_found(tmp_path, monkeypatch):
     assert largest.source
 
 
+def test_a_layer_as_wide_as_the_vocabulary_has_no_logits(tmp_path):
+    step = compile_step(tmp_path, {"data": 1}, 1, vocab_size=160)
+    buffers = read_memory(step, CAPACITY).buffers
+    assert any(160 in b.shape and b.part == "activations" for b in buffers)
+    assert {b.module for b in buffers if b.part == "logits"} <= {"loss", "head"}
+
+
 def test_a_chip_of_two_devices_counts_both(compiled):
     step = compiled("shares")
     one, two = read_memory(step, CAPACITY), read_memory(step, 2 * CAPACITY, 2)
@@ -168,6 +175,8 @@ allocation 3: size 1000, page 0, preallocated-temp:
  value: <6 loop{0} (phi) @0> (size=400,offset=0): f32[100]{0:T(128)}
  value: <7 b @0> (size=200,offset=600): bf16[100]{0}
  value: <8 c @0> (size=600,offset=400): f32[10,15]{1,0}
+allocation 4: size 3000, color 5, preallocated-temp:
+ value: <9 far @5> (size=3000,offset=0): f32[750]{0:S(5)}
 """
 RANGES = """HloLiveRange (max 9):
   InstructionSequence:
@@ -190,7 +199,8 @@ RANGES = """HloLiveRange (max 9):
 def test_arrays_at_one_address_count_once_and_holes_do_not():
     layout = parse_layout(ASSIGNMENT, RANGES)
     assert [a.kind for a in layout.allocations] == ["argument", "call", "heap"]
-    assert layout.total == 1400, "neither on-chip memory nor what lies in other allocations"
+    assert layout.total == 1400, "neither other memories nor what lies in other allocations"
+    assert layout.host == 3000
     assert layout.used() == [(1, 400), (2, 600), (4, 1000), (5, 400), (6, 0)]
     assert {v.name for v in layout.alive(3)} == {"a", "loop", "b"}
     assert layout.schedule[4] == "c"

@@ -165,3 +165,11 @@ def test_plans_without_much_to_say_have_a_page(page):
     assert "how much there is, is not known" in parsed.text
     _, parsed = page([fake_plans.plan(memory=bare), fake_plans.too_large()])
     assert words.size(bare.peak) in parsed.text
+
+
+def test_plans_that_differ_in_a_policy_are_told_apart():
+    one = fake_plans.plan()
+    full = dataclasses.replace(one, config={**one.config, "model": {"remat": "full"}})
+    dots = dataclasses.replace(one, config={**one.config, "model": {"remat": "dots"}})
+    assert words.labels([full, dots]) == ["remat full", "remat dots"]
+    assert words.labels([one, one]) == [f"1: {one.target}", f"2: {one.target}"]

@@ -123,6 +123,18 @@ def test_copies_between_memories_hide_too():
     assert copied.exposed == pytest.approx(whole - 10_000 / V5E.clock_hz)
 
 
+def test_what_goes_to_the_host_goes_over_its_bus():
+    lines = (
+        "%h = bf16[4096,4096]{1,0} parameter(0)",
+        "%s = (bf16[4096,4096]{1,0:S(5)}, bf16[4096,4096]{1,0}, u32[]{:S(2)}) copy-start(%h)",
+        "%d = bf16[4096,4096]{1,0:S(5)} copy-done(%s)",
+    )
+    for chip, rate in ((V5E, 16e9), (V6E, 32e9)):
+        roofline = read(*lines, chip=chip)
+        assert roofline.bounds == {"communication host": pytest.approx(4096 * 4096 * 2 / rate)}
+        assert roofline.exchanges == ()
+
+
 def test_loops_multiply_and_the_dearest_branch_counts():
     before = f"""{NOTHING}
 %one (p: f32[8]) -> f32[8] {{

@@ -229,7 +229,7 @@ def test_the_written_config_is_the_chosen_one(monkeypatch, base, run, tmp_path, 
     text = path.read_text()
     assert "Command:  python -m llm_jax.train --config" in text
     assert "v5e:2x4, 8 chips" in text
-    assert "days for 1e+09 tokens" in text
+    assert " for 1.00 B tokens" in text
 
 
 def test_a_config_is_written_only_where_it_can_be(tmp_path, monkeypatch, base, run):

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from llm_jax.planner import words
+from llm_jax.planner.plan import Finding
 from llm_jax.planner.terminal import show_plan, show_ranking
 
 
@@ -46,9 +47,28 @@ def test_all_that_was_found_is_said(width):
 
 
 def test_what_does_not_fit_begins_with_the_answer():
-    lines = shown(show_plan, fake_plans.too_large()).splitlines()
-    assert lines[1] == "does not fit: needs 21.60 GiB of 15.75 per chip (37.1 % over)"
-    assert lines[2].startswith("change: train.accumulate_steps=2")
+    plan = fake_plans.too_large()
+    lines = shown(show_plan, plan).splitlines()
+    assert lines[0] == "does not fit: needs 21.60 GiB of 15.75 per chip (37.1 % over)"
+    assert lines[1] == "to make it fit: --config.train.accumulate_steps=2"
+    other = Finding("replicated", "a weight is whole", change="mesh.rules=zero1")
+    hopeless = dataclasses.replace(plan, findings=(Finding("memory", "too much"), other))
+    assert "to make it fit" not in shown(show_plan, hopeless)
+
+
+def test_what_is_tiny_takes_no_row():
+    plan = fake_plans.plan()
+    parts = {**plan.memory.parts, "batch": 4096}
+    plan = dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, parts=parts))
+    tiny = dataclasses.replace(
+        plan.roofline.exchanges[0], tensor="a scalar", seconds=1e-9, exposed=0.0
+    )
+    plan = dataclasses.replace(plan, roofline=dataclasses.replace(plan.roofline, exchanges=(tiny,)))
+    text = shown(show_plan, plan)
+    assert "and batch 4.00 KiB" in text
+    assert "\nbatch" not in text
+    assert "a scalar" not in text
+    assert "1, none of which takes 0.1 % of the step" in text
 
 
 def test_an_estimate_says_so_first():
@@ -83,13 +103,15 @@ def test_bars_follow_one_another_and_end_at_the_total():
     lines = shown(show_plan, fake_plans.plan()).splitlines()
     first = lines.index("Memory per chip at the peak, 4.78 GiB") + 1
     end = None
-    for line in lines[first : first + len(fake_plans.memory().parts)]:
+    last = next(i for i, line in enumerate(lines) if line.startswith("of capacity"))
+    assert last - first > 5
+    for line in lines[first:last]:
         start, stop = line.index("█"), line.rindex("█") + 1
         assert end is None or end - 1 <= start <= end
         end = stop
 
 
-@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("width", [60, 80, 200])
 def test_a_ranking_keeps_the_order_and_drops_empty_columns(width):
     plans = [fake_plans.too_large(), fake_plans.plan()]
     text = shown(show_ranking, plans, width=width)

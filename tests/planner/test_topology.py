@@ -40,6 +40,7 @@ def test_names(name, shape, slices, wraps):
         ("v5p-100", "nearest is v5p-128"),
         ("v5p-0", "nearest is v5p-1"),
         ("v6e:4x5", "nearest is v6e:4x4"),
+        ("v6e:3x5", "nearest is v6e:4x4"),
         ("v6e:4x4x4", "nearest is v6e:4x4"),
         ("v5p:8x4x4", "nearest is v5p:4x4x8"),
         ("v6-16", "did you mean 'v6e'"),

@@ -1,7 +1,9 @@
 """How often loops run, from the forms that compilers write."""
 
 import pytest
+from small_step import compile_small
 
+from llm_jax.nn.experts import OVERFLOW_ROUNDS
 from llm_jax.planner.hlo import analyse
 
 BODY = """HloModule m
@@ -45,6 +47,12 @@ ENTRY %main (x: f32[4]) -> f32[4] {{
 """
 
 
+BODY_OF_SEVEN = BODY.format(
+    constant="", compared="%i, %n", direction="LT", step=1, first=0, most=7,
+    move="add", passed="n", bound="most",
+)  # fmt: skip
+
+
 def trips(constant=None, compared="%i, %n", direction="LT", step=1, first=0, most=7, **more):
     line = "" if constant is None else f"%c = s32[] constant({constant})"
     fields = {"move": "add", "passed": "n", "bound": "most", **more}
@@ -84,3 +92,23 @@ def test_what_the_text_does_not_say_counts_once():
     assert trips(bound="unknown") == 1
     assert trips(passed="moved") == 1, "the bound changes"
     assert trips(move="multiply") == 1
+
+
+def test_rounds_that_only_the_router_knows_count_as_none():
+    named = f'body=%body, metadata={{op_name="jit(step)/mlp/{OVERFLOW_ROUNDS}/while"}}'
+    (loop,) = analyse(BODY_OF_SEVEN.replace("body=%body", named)).loops
+    assert (loop.trips, loop.times) == (0, 0)
+    (loop,) = analyse(BODY_OF_SEVEN.replace("body=%body", named.replace("overflow", "other"))).loops
+    assert loop.trips == 7
+
+
+def test_experts_name_their_further_rounds():
+    experts = {"num_experts": 4, "mlp_dim": 32}
+    step = compile_small({"expert": 2, "fsdp": 4}, experts=experts, mlp_dim=None)
+    loops = [loop for loop in analyse(step.hlo).loops if OVERFLOW_ROUNDS in loop.op_name]
+    assert {loop.direction for loop in loops if loop.op_name.endswith("while")} == {
+        "forward",
+        "backward",
+    }
+    assert {loop.trips for loop in loops} == {0}
+    assert any(loop.trips == 3 for loop in analyse(step.hlo).loops), "the layers count as before"

@@ -1,0 +1,72 @@
+"""The table of docs/planner.md: configs of three sizes, planned for four generations of TPU.
+
+`python -m bench.plans` prints it as Markdown; compiled steps are kept in the planner's cache, so the
+second time takes seconds. `--only gpt_1b` leaves out the rest.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench import measure
+from llm_jax.core.config import load
+from llm_jax.core.flags import run_entry
+from llm_jax.data.progress import make_progress
+from llm_jax.planner import words
+from llm_jax.planner.compile import default_cache
+from llm_jax.planner.cost import parse_tokens
+from llm_jax.planner.targets import plan_targets
+from llm_jax.training.config import resolve
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# config: slices, tokens of its schedule.
+CASES = {
+    "gpt_1b": (("v5e:8x8", "v5p:4x4x4", "v6e:8x8", "tpu7x:4x4x4"), "26b"),
+    "llama3_8b": (("v5e:16x16", "v5p:4x4x4", "v6e:8x8", "tpu7x:4x4x4"), "1t"),
+    "llama3_70b": (("v5e:16x16", "v5p:4x8x8", "v6e:16x16", "tpu7x:4x8x8"), "1t"),
+}
+
+
+def rows_of(config: str, jobs: int) -> tuple[list[dict[str, str]], list[dict]]:
+    """One row of text per target, and its plan's figures."""
+    targets, tokens = CASES[config]
+    run = resolve(load(str(CONFIGS / f"{config}.py")))
+    answers = plan_targets(
+        run, targets, jobs=jobs, cache=default_cache(), progress=make_progress(),
+        tokens=parse_tokens(tokens),
+    )  # fmt: skip
+    for name, error in answers.failures.items():
+        print(f"{config} on {name}: {error}", file=sys.stderr)
+    about = {"config": config, "tokens": tokens}
+    rows = [about | row for row in words.ranking(answers.plans)]
+    for row, plan in zip(rows, answers.plans, strict=True):
+        row["compile"] = f"{plan.seconds['compile']:.0f} s"
+        row["host GiB"] = f"{plan.host_peak_bytes / 2**30:.1f}"
+    figures = [
+        {"config": config, "seconds": dict(p.seconds), "fits": p.fits, "peak": p.memory.peak,
+         "target": p.target, "step": p.roofline and p.roofline.step_seconds}
+        for p in answers.plans
+    ]  # fmt: skip
+    return rows, figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=CASES, help="one config")
+    parser.add_argument("--jobs", type=int, default=2, help="compilations at once")
+    measure.json_flag(parser)
+    flags = parser.parse_args()
+    rows, figures = [], []
+    for config in [flags.only] if flags.only else CASES:
+        more, plans = rows_of(config, flags.jobs)
+        rows, figures = rows + more, figures + plans
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    print("|" + "|".join(f" {name} " for name in columns) + "|")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        print("|" + "|".join(f" {row.get(name, '')} " for name in columns) + "|")
+    measure.write_json(flags.json, {"plans": figures})
+
+
+if __name__ == "__main__":
+    run_entry(main)
