@@ -31,7 +31,7 @@ class Silent:
 
 
 class Lines:
-    """For log files: at most one line every ten seconds, and one at the end."""
+    """For log files: a line at the start, at most one every ten seconds, and one at the end."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -42,11 +42,12 @@ class Lines:
     def start(self, what: str, total: int) -> None:
         self._what, self._total, self._done = what, total, 0
         self._began = self._shown = time.monotonic()
+        self.say(f"{what}: {total:,} to go")
 
     def advance(self, count: int) -> None:
         self._done += count
         now = time.monotonic()
-        if now - self._shown >= _SECONDS_BETWEEN_LINES:
+        if self._done < self._total and now - self._shown >= _SECONDS_BETWEEN_LINES:
             self._shown = now
             rate = self._done / (now - self._began)
             left = (self._total - self._done) / rate

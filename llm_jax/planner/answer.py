@@ -123,7 +123,8 @@ def _compare(run: RunConfig, question: Question, console: Console) -> int:
             names = ["as it is", "with these flags"]
     else:
         target = question.topology[0]
-        old = other_commit(question.compare, question.config, question.overrides, target)
+        cache = () if question.cache is None else ("--cache", str(question.cache.resolve()))
+        old = other_commit(question.compare, question.config, question.overrides, target, cache)
         names = [question.compare, "here"]
     new = _plan(run, question)
     changes = diff.compare(old, new, *names)

@@ -4,7 +4,8 @@ The compiler lays a program out as fixed allocations (arguments, results, consta
 is all of it: what the device must have. The moment of the peak is when the arrays in the heap cover most
 of it; the rest of the heap, holes that the packing leaves at that moment, is "unused", so that the parts
 sum to the peak. The compiler's own `peak_memory_in_bytes` is the peak without the holes, or, if that is
-more, the arguments and what is offloaded to the host, which is not on the device and counts for nothing here.
+more, the arguments and what lies in another memory: on the chip in small programs, or offloaded to the
+host. Neither counts here.
 
 An array in the heap belongs to the first part whose rule holds. A parameter's shape is that of its share,
 of the whole, or anything between, of all layers or of one, in any order of the dimensions.

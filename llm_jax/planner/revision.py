@@ -61,11 +61,7 @@ def other_commit(
     root, commit = _resolve(ref, folder)
     with tempfile.TemporaryDirectory(prefix="llm_jax_plan_") as temporary:
         tree = Path(temporary) / "tree"
-        _export(root, commit, tree)
-        if not (tree / "llm_jax" / "plan.py").is_file():
-            raise ConfigError(
-                f"--compare {ref!r}: commit {commit[:12]} has no planner (llm_jax/plan.py)"
-            )
+        _export(root, commit, tree, ref)
         command = [
             sys.executable, "-m", "llm_jax.plan",
             "--config", _config_in(tree, root, folder, config), "--topology", target,
@@ -111,12 +107,16 @@ def _resolve(ref: str, folder: Path) -> tuple[Path, str]:
     return Path(root.decode().strip()), commit.decode().strip()
 
 
-def _export(root: Path, commit: str, tree: Path) -> None:
+def _export(root: Path, commit: str, tree: Path, ref: str) -> None:
     archive = _git(root, "archive", "--format=tar", commit)
     if archive is None:
         raise RunError(f"git cannot export commit {commit[:12]} of {root}")
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(tree, filter="data")
+    if not (tree / "llm_jax" / "plan.py").is_file():
+        raise ConfigError(
+            f"--compare {ref!r}: commit {commit[:12]} has no planner (llm_jax/plan.py)"
+        )
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:

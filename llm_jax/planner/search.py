@@ -70,7 +70,7 @@ def search(
     targets: Sequence[str],
     *,
     objective: Objective = "time",
-    compiles: int = 12,
+    compiles: int = 8,
     jobs: int = 2,
     cache: Path | None = None,
     progress: Progress | None = None,

@@ -1,7 +1,7 @@
 """One run on several targets: compiled a few at a time, or estimated where there is no compiler."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llm_jax.core.config import ConfigError, to_dict
@@ -12,7 +12,7 @@ from llm_jax.planner.compiled import CompiledStep
 from llm_jax.planner.estimate import estimate
 from llm_jax.planner.make import make_plan
 from llm_jax.planner.plan import Plan
-from llm_jax.planner.topology import parse_target
+from llm_jax.planner.topology import Target, parse_target
 from llm_jax.training.config import RunConfig
 
 
@@ -50,14 +50,7 @@ def plan_targets(
       ConfigError: an unknown target.
     """
     targets = {name: parse_target(name) for name in names}
-    plans: dict[str, Plan] = {}
-    failures: dict[str, Exception] = {}
-    for name, target in targets.items():
-        if target.kind == "gpu":
-            try:
-                plans[name] = estimate(run, target, tokens=tokens, price=price)
-            except ConfigError as error:
-                failures[name] = error
+    plans, failures = _estimated(run, targets, tokens, price)
     interrupted = False
     requests = [Request(to_dict(run), name) for name in targets if targets[name].kind != "gpu"]
     try:
@@ -72,6 +65,21 @@ def plan_targets(
         interrupted = True
     ordered = tuple(plans[name] for name in targets if name in plans)
     return Answers(ordered, failures, interrupted)
+
+
+def _estimated(
+    run: RunConfig, targets: Mapping[str, Target], tokens: float | None, price: float | None
+) -> tuple[dict[str, Plan], dict[str, Exception]]:
+    """The plans of GPUs by name, and why others have none."""
+    plans: dict[str, Plan] = {}
+    failures: dict[str, Exception] = {}
+    for name, target in targets.items():
+        if target.kind == "gpu":
+            try:
+                plans[name] = estimate(run, target, tokens=tokens, price=price)
+            except ConfigError as error:
+                failures[name] = error
+    return plans, failures
 
 
 def _compiled(

@@ -41,12 +41,15 @@ _TINY = 1e-3
 def show_plan(plan: Plan, console: Console) -> None:
     """The whole report of one target."""
     _headline(plan, console)
+    if not plan.fits:  # then the way out comes first
+        _findings(plan, console)
     _memory(plan.memory, console)
     if plan.memory.buffers:
         _buffers(words.largest_buffers(plan.memory, MOST_ROWS), console)
     if plan.roofline is not None:
         _time(plan.roofline, console)
-    _findings(plan, console)
+    if plan.fits:
+        _findings(plan, console)
     if plan.cost is not None:
         _cost(plan.cost, plan, console)
     _footer(plan, console)

@@ -129,9 +129,9 @@ def test_logits_that_are_not_chunked_are_found(tmp_path, monkeypatch):
 
 
 def test_a_layer_as_wide_as_the_vocabulary_has_no_logits(tmp_path):
-    step = compile_step(tmp_path, {"data": 1}, 1, vocab_size=160)
+    step = compile_step(tmp_path, {"data": 1}, 1, mlp_dim=VOCABULARY)
     buffers = read_memory(step, CAPACITY).buffers
-    assert any(160 in b.shape and b.part == "activations" for b in buffers)
+    assert any(VOCABULARY in b.shape and b.part == "activations" for b in buffers)
     assert {b.module for b in buffers if b.part == "logits"} <= {"loss", "head"}
 
 
