@@ -143,19 +143,17 @@ def main() -> None:
     flags = parser.parse_args()
     runs = [run for run in RUNS if run.target.startswith(flags.only)]
     rows = sorted(plans(runs, flags.jobs), key=lambda row: RUNS.index(row[0]))
-    columns = ("run", "target", "T", "rows", "remat", "peak GiB", "fits", "published", "predicted",
-               "error %", "MFU %", "bound")  # fmt: skip
+    columns = ("run", "target", "T", "rows", "remat", "GiB", "published", "predicted", "error %")
     table = []
     for run, plan in rows:
         start = (run.name, run.target, run.length, run.rows, run.remat,
-                 plan.memory.peak / 2**30, "yes" if plan.fits else "no", run.tokens_per_second)  # fmt: skip
+                 plan.memory.peak / 2**30, f"{run.tokens_per_second:,.0f}")  # fmt: skip
         time = plan.roofline
         if time is None:
-            table.append((*start, "", "", "", ""))
+            table.append((*start, "does not fit", ""))
             continue
         error = 100 * (time.tokens_per_second / run.tokens_per_second - 1)
-        bound = max(time.bounds, key=time.bounds.get)
-        table.append((*start, time.tokens_per_second, error, 100 * (time.mfu or 0), bound))
+        table.append((*start, f"{time.tokens_per_second:,.0f}", f"{error:+.1f}"))
     about = dict(rows[0][1].versions) if rows else {}
     measure.show("tokens per second and chip", columns, table, about)
     if flags.fit:

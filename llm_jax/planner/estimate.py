@@ -4,18 +4,21 @@ No compiler, no devices, milliseconds. Memory is that of footprint.py, time that
 be sharded is refused in the words of training (placement.py).
 """
 
+import dataclasses
 import time
+from collections.abc import Iterator
 
 import jax
 
-from llm_jax.core.config import ConfigError, to_dict
+from llm_jax.core.config import ConfigError, set_override, to_dict
 from llm_jax.planner.cost import cost_of
 from llm_jax.planner.footprint import footprint
 from llm_jax.planner.pace import pace
 from llm_jax.planner.placement import place
 from llm_jax.planner.plan import Finding, Plan
 from llm_jax.planner.topology import Target
-from llm_jax.training.config import RunConfig
+from llm_jax.planner.words import size
+from llm_jax.training.config import RunConfig, resolve
 
 NOTE = Finding(
     "note",
@@ -63,3 +66,44 @@ def estimate(
         seconds={"estimate": time.perf_counter() - start},
         host_peak_bytes=0,
     )
+
+
+def with_cure(plan: Plan, run: RunConfig, target: Target) -> Plan:
+    """A plan that does not fit, with the mildest change of remat or microbatches that would.
+
+    Its time is left out, as that of a step which the compiler refuses.
+    """
+    if plan.fits:
+        return plan
+    missing = plan.memory.peak - plan.memory.capacity
+    head = f"does not fit: {size(plan.memory.peak)} of {size(plan.memory.capacity)}"
+    text = f"{head}; no count of microbatches does, with full remat either: take more chips"
+    found = Finding("memory", text, bytes=missing)
+    for overrides in _milder_first(run):
+        config = to_dict(run)
+        for override in overrides:
+            set_override(config, override)
+        try:
+            changed = resolve(config)
+            memory = footprint(changed, place(changed, target))
+        except ConfigError:
+            continue
+        if memory.fits:
+            change = " ".join(overrides)
+            text = f"{head}; with {change} {size(memory.peak)}, by arithmetic"
+            found = Finding("memory", text, bytes=missing, change=change)
+            break
+    return dataclasses.replace(plan, roofline=None, cost=None, findings=(found, *plan.findings))
+
+
+def _milder_first(run: RunConfig) -> Iterator[tuple[str, ...]]:
+    remat = () if run.model.remat in ("full", "offload") else ("model.remat=full",)
+    steps, most = run.train.accumulate_steps, run.train.batch_size
+    counts = [n for n in range(2 * steps, most + 1) if most % n == 0 and n % steps == 0]
+    if remat:
+        yield remat
+    for count in counts:
+        microbatches = f"train.accumulate_steps={count}"
+        yield (microbatches,)
+        if remat:
+            yield (*remat, microbatches)

@@ -343,7 +343,6 @@ def _emulated_scatters(facts: _Facts) -> Iterator[Finding]:
                 "reduce-scatter would move half"
             ),
             source=parts[0][0].source,
-            bytes=max(size for *_, size in parts),
             seconds=seconds / 2,
         )
 

@@ -41,10 +41,7 @@ def make_plan(
     # Of a program that was never finished there are no cycles: its communication can be looked at,
     # its time not told.
     timed = None if step.out_of_memory else roofline
-    cost = None
-    if tokens is not None and timed is not None:
-        cost = cost_of(tokens, timed.tokens_per_second, target.num_chips, chip, price)
-    return Plan(
+    plan = Plan(
         target=target.name,
         chip=chip.name,
         num_chips=target.num_chips,
@@ -56,12 +53,16 @@ def make_plan(
         memory=memory,
         roofline=timed,
         findings=findings,
-        cost=cost,
+        cost=None,
         versions=step.versions,
         seconds=step.seconds,
         host_peak_bytes=step.host_peak_bytes,
         step=step,
     )
+    if tokens is None or timed is None:
+        return plan
+    cost = cost_of(tokens, timed.tokens_per_second, target.num_chips, chip, price)
+    return dataclasses.replace(plan, cost=cost)
 
 
 def _resolved(target: Target, step: CompiledStep) -> Target:

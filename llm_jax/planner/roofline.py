@@ -15,7 +15,8 @@ from llm_jax.planner.compiled import CompiledStep
 from llm_jax.planner.plan import Exchange, Op, Roofline
 from llm_jax.planner.schedule import read_schedule
 
-# Measured over predicted speed, one number for a generation. 1: nothing has been measured yet.
+# Measured over predicted speed, one number for a generation, 1 where none is given. The published runs
+# of docs/planner.md need none.
 EFFICIENCY: Mapping[str, float] = {}
 
 

@@ -9,7 +9,7 @@ from llm_jax.data.progress import Progress
 from llm_jax.planner import words
 from llm_jax.planner.compile import CompileError, Request, compile_many
 from llm_jax.planner.compiled import CompiledStep
-from llm_jax.planner.estimate import estimate
+from llm_jax.planner.estimate import estimate, with_cure
 from llm_jax.planner.make import make_plan
 from llm_jax.planner.plan import Plan
 from llm_jax.planner.topology import Target, parse_target
@@ -76,7 +76,8 @@ def _estimated(
     for name, target in targets.items():
         if target.kind == "gpu":
             try:
-                plans[name] = estimate(run, target, tokens=tokens, price=price)
+                plan = estimate(run, target, tokens=tokens, price=price)
+                plans[name] = with_cure(plan, run, target)
             except ConfigError as error:
                 failures[name] = error
     return plans, failures

@@ -117,6 +117,7 @@ def test_a_compiled_step_holds_what_the_analyses_read(compiled):
     assert set(step.versions) == {"jax", "jaxlib", "libtpu"}
 
 
+@pytest.mark.slow
 @libtpu
 def test_the_memory_of_a_tpu_program_is_the_compilers_and_names_every_parameter():
     # With so many rows the compiler's peak is one of HBM: that of the small step is one of VMEM.

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from llm_jax.core.config import ConfigError, load
-from llm_jax.planner.estimate import estimate
+from llm_jax.planner.estimate import estimate, with_cure
 from llm_jax.planner.layout import arguments_of
 from llm_jax.planner.placement import place, stand_ins
 from llm_jax.planner.topology import parse_target
@@ -191,3 +191,14 @@ def test_experts_take_the_time_to_sort_their_rows(sizes, compiled):
     )  # fmt: skip
     time = estimate(run, parse_target("v5e:2x2")).roofline.step_seconds
     assert time == pytest.approx(compiled, rel=0.15)
+
+
+def test_what_does_not_fit_is_told_what_would():
+    target = parse_target("h100-8")
+    overrides = ["train.accumulate_steps=1", "train.batch_size=256"]
+    run = config("llama3_8b", *overrides)
+    plan = with_cure(estimate(run, target), run, target)
+    assert not plan.fits
+    assert plan.roofline is None
+    (cure,) = [finding for finding in plan.findings if finding.kind == "memory"]
+    assert estimate(config("llama3_8b", *overrides, *cure.change.split()), target).fits
