@@ -12,7 +12,7 @@ this program; docs/xla_flags.md says which were tried and left out.
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Literal
 
@@ -108,6 +108,9 @@ SCOPED_VMEM_KIB: dict[str, int] = {
     "TPU v6e": 65_536,
 }
 
+# libtpu's own, by a device kind of each generation: what a search compiles with.
+DEFAULT_VMEM_KIB: dict[str, int] = {"TPU v5e": 16_384, "TPU v5p": 16_384, "TPU v6e": 32_768}
+
 VARIABLES: dict[Platform, str] = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS", "cpu": "XLA_FLAGS"}
 
 # The names jax.config's `jax_platforms` takes, and what each is here.
@@ -141,6 +144,16 @@ def device_options(device_kind: str, environment: Mapping[str, str] = os.environ
     if kib is None or off or _SCOPED_VMEM in environment.get(VARIABLES["tpu"], ""):
         return {}
     return {_SCOPED_VMEM: str(kib)}
+
+
+def quick_options(device_kinds: Iterable[str]) -> dict[str, str]:
+    """Options instead of `device_options` that compile in a half to a fifth of the time.
+
+    Args:
+      device_kinds: names of one generation.
+    """
+    found = (DEFAULT_VMEM_KIB[kind] for kind in device_kinds if kind in DEFAULT_VMEM_KIB)
+    return {_SCOPED_VMEM: str(kib) for kib in found}
 
 
 def apply(

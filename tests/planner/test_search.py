@@ -41,14 +41,20 @@ def run(base):
     return resolve(load(base))
 
 
-def answers(monkeypatch, change):
-    """Compiled plans are `change(estimated plan)`; returns the requests that were made."""
+def answers(monkeypatch, change, finals=None):
+    """Compiled plans are `change(estimated plan)`; returns the requests that the hunt made.
+
+    The best are asked for once more, without options; those requests are in `finals`.
+    """
     asked = []
 
     def compile_many(requests, jobs=2, cache=None, on_done=None):
         # As they come, in any order.
         for request in random.Random(len(asked)).sample(list(requests), len(requests)):
-            asked.append(request)
+            if request.options:
+                asked.append(request)
+            elif finals is not None:
+                finals.append(request)
             yield request, request
 
     def make_plan(request, target, *, tokens=None, price=None):
@@ -85,6 +91,20 @@ def test_no_choice_is_compiled_twice_and_the_budget_holds(monkeypatch, run):
     keys = [(request.target, str(to_dict(request.config))) for request in asked]
     assert len(set(keys)) == len(keys)
     assert {request.target for request in asked} == {"v5e:2x2", "v5e:2x4", "v6e:2x2"}
+
+
+def test_the_best_are_compiled_as_they_would_train(monkeypatch, run):
+    finals = []
+    asked = answers(monkeypatch, lambda plan: plan, finals)
+    result = search(run, ["v5e:2x2"], compiles=4)
+    assert all(request.options == {"xla_tpu_scoped_vmem_limit_kib": "16384"} for request in asked)
+    assert len(finals) == 2
+    best = [to_dict(trial.candidate.run) for trial in result.trials[:2]]
+    assert sorted(map(str, best)) == sorted(str(request.config) for request in finals)
+    # Chips for which both ways are the same need no second look.
+    finals.clear()
+    search(run, ["tpu7x:2x2x1"], compiles=2)
+    assert len({str(request.config) for request in finals}) == len(finals) > 0
 
 
 def test_the_first_half_of_the_compiles_are_different_meshes(monkeypatch, run):
