@@ -152,8 +152,8 @@ def quick_options(device_kinds: Iterable[str]) -> dict[str, str]:
     Args:
       device_kinds: names of one generation.
     """
-    found = (DEFAULT_VMEM_KIB[kind] for kind in device_kinds if kind in DEFAULT_VMEM_KIB)
-    return {_SCOPED_VMEM: str(kib) for kib in found}
+    found = [DEFAULT_VMEM_KIB[kind] for kind in device_kinds if kind in DEFAULT_VMEM_KIB]
+    return {_SCOPED_VMEM: str(found[0])} if found else {}
 
 
 def apply(
