@@ -48,17 +48,21 @@ def _named(buffer: LiveBuffer, known: Sequence[_Dimension]) -> LiveBuffer:
 
 
 def _match(shape: Sequence[int], known: Sequence[_Dimension]) -> list[_Dimension] | None:
-    """Each dimension's meaning, in the order of `known` where several fit; one of them, once."""
+    """Each dimension's meaning, in the order of `known` where several fit; one of them, once.
+
+    None where a dimension has none, or where one of size 1 may be a share of one thing or another.
+    """
     left, found = list(known), []
+    shares_of_one = [dimension for dimension in known if dimension.local == 1 < dimension.size]
+    if 1 in shape and shares_of_one and (len(shares_of_one) > 1 or list(shape).count(1) > 1):
+        return None
     for size in shape:
-        if size == 1:
-            found.append(_Dimension(1, (), 1))
-            continue
         fits = next((dimension for dimension in left if dimension.local == size), None)
-        if fits is None:
+        if fits is None and size != 1:
             return None
-        left.remove(fits)
-        found.append(fits)
+        if fits is not None:
+            left.remove(fits)
+        found.append(fits or _Dimension(1, (), 1))
     return found
 
 
