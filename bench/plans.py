@@ -29,7 +29,12 @@ CASES = {
 # Where the config as it is does not fit, what the planner advised; 256 chips of tpu7x are 512 devices,
 # which want a row each.
 OVERRIDES = {
-    ("llama3_70b", "v5e:16x16"): ("model.remat=offload",),
+    ("llama3_70b", "v5e:16x16"): (
+        "model.remat=offload",
+        "mesh.fsdp=128",
+        "mesh.tensor=2",
+        "train.accumulate_steps=8",
+    ),
     ("llama3_70b", "tpu7x:4x8x8"): ("train.accumulate_steps=2",),
 }
 

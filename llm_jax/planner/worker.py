@@ -208,12 +208,13 @@ def _out_of_memory(error: Exception, dumps: Path) -> OutOfMemory:
     if "RESOURCE_EXHAUSTED" not in text or found is None:
         raise RunError(f"the compiler failed: {line}") from None
     needed, available = (_bytes(found[name]) for name in ("needed", "available"))
-    # The compiler's own report has the exact number; the message rounds it.
+    # The compiler's own report has the exact number; the message rounds it, and counts what else a
+    # program takes, by which a step may fail that is a few MB short.
     report = _dump(dumps, "after_optimizations-memory-usage-report.txt")
     exact = re.search(r"\(color=0\)\s*Total bytes: (\d+)", report)
-    if exact and abs(int(exact[1]) - needed) < 0.02 * needed:
+    if exact and int(exact[1]) > available and abs(int(exact[1]) - needed) < 0.02 * needed:
         needed = int(exact[1])
-    return OutOfMemory(needed, available, line)
+    return OutOfMemory(max(needed, available + 1), available, line)
 
 
 def _bytes(text: str) -> int:

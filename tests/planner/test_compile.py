@@ -15,6 +15,7 @@ import pytest
 from llm_jax.core.config import ConfigError, to_dict
 from llm_jax.core.flags import RunError
 from llm_jax.planner import compile as planner_compile
+from llm_jax.planner import worker as planner_worker
 from llm_jax.planner.chips import CHIPS
 from llm_jax.planner.compile import Request, compile_many, compile_step
 from llm_jax.planner.compiled import (
@@ -291,3 +292,19 @@ def test_the_cache_is_where_caches_are(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert planner_compile.default_cache() == tmp_path / "llm_jax" / "plans"
     assert json.dumps(dataclasses.asdict(LOCAL)), "a request travels as JSON"
+
+
+@pytest.mark.parametrize(
+    ("message", "report", "over"),
+    [
+        ("Used 15.77G of 15.75G hbm. Exceeded hbm capacity by 19.32M.", 16_816_648_192, 20_000_000),
+        ("temporaries (21.60G) exceeds available HBM (15.75G).", 23_190_269_440, 6_278_835_712),
+        ("Used 15.75G of 15.75G hbm.", 16_816_648_192, 1),
+    ],
+)
+def test_what_the_compiler_refuses_needs_more_than_there_is(tmp_path, message, report, over):
+    text = f"Memory Space: default (color=0)\nTotal bytes: {report} (1GiB)\n"
+    (tmp_path / "m.after_optimizations-memory-usage-report.txt").write_text(text)
+    found = planner_worker._out_of_memory(Exception(f"RESOURCE_EXHAUSTED: {message}"), tmp_path)
+    assert found.available == int(15.75 * 2**30)
+    assert found.needed - found.available == pytest.approx(over, rel=0.1)
