@@ -244,7 +244,8 @@ def _coverage(result: SearchResult) -> str:
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result.pruned.items()))
     text = f"{result.considered:,} choices, {len(result.trials)} tried"
     text += f"; pruned: {dropped}" if dropped else ""
-    text += f"; all but the best {FINALISTS} compiled quickly, and 4 to 16 % slower for that"
+    if any(quick_options(trial.candidate.target.chip.device_kinds) for trial in result.trials):
+        text += f"; all but the best {FINALISTS} compiled quickly, and 4 to 16 % slower for that"
     return text + ("; interrupted" if result.interrupted else "")
 
 
