@@ -61,15 +61,16 @@ def transformer_flops(
             raise ValueError(f"{name} = {size}: must be at least 1")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads = {num_kv_heads}: must divide num_heads = {num_heads}")
-    keys_seen = _keys_seen(sequence_length, attention_window, causal_half)
+    seen = keys_seen(sequence_length, attention_window, causal_half)
     projections = 2 * embed_dim * head_dim * (2 * num_heads + 2 * num_kv_heads)
-    attention = 4 * num_heads * head_dim * keys_seen
+    attention = 4 * num_heads * head_dim * seen
     mlp = 2 * embed_dim * mlp_dim * (3 if gated else 2)
     head = 2 * embed_dim * vocab_size
     return float(3 * (num_layers * (projections + attention + mlp) + head))
 
 
-def _keys_seen(length: int, window: int | None, causal_half: bool) -> float:
+def keys_seen(length: int, window: int | None, causal_half: bool) -> float:
+    """Keys that a query of a sequence attends to, on average; with causal_half not those after it."""
     if window is None or window >= length:
         return length / 2 if causal_half else length
     return window - window * (window - 1) / (2 * length) if causal_half else window

@@ -204,6 +204,17 @@ def chip_of(
     )
 
 
+def matmul_flops(chip: Chip, compute_dtype: str) -> float | None:
+    """FLOP/s of matrix products of a dtype, at jax's default precision; None where it is not known.
+
+    float32 goes through a TPU as bfloat16, and through a GPU as TF32, at half the rate
+    (jax.lax.Precision; NVIDIA's data sheets). What was measured was measured in that dtype.
+    """
+    from_a_table = chip.name in CHIPS or peak_flops(chip.name) is not None
+    is_tf32 = chip.kind == "gpu" and compute_dtype == "float32" and from_a_table
+    return chip.peak_flops / 2 if is_tf32 else chip.peak_flops
+
+
 def _with_memory(chip: Chip, memory: int) -> Chip:
     return dataclasses.replace(chip, hbm_bytes=chip.devices * memory)
 

@@ -37,18 +37,20 @@ class Span:
     """The part of one physical dimension that a mesh axis covers.
 
     kind: "link" between chips, "core" between the devices of one chip, "network" between slices or
-    hosts. dimension: of the torus, 0 to 2. size: places along it; ring: whether it closes.
+    hosts. dimension: of the torus, 0 to 2. size: places along it; ring: whether it closes. stride: links
+    from one place to the next, which so many interleaved groups share.
     """
 
     kind: Literal["link", "core", "network"]
     dimension: int
     size: int
     ring: bool
+    stride: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxis:
-    """spans multiply to size."""
+    """spans: the slowest along the axis first; they multiply to size, or more where hosts are cut unevenly."""
 
     name: str
     size: int
@@ -132,6 +134,11 @@ class CompiledStep:
                 content[name] = kind(**content[name])
         texts = {name: (folder / f"{name}.txt").read_text() for name in _TEXTS}
         return cls(**content, **texts)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `CompiledStep.save` finished there."""
+    return (folder / "step.json").is_file()
 
 
 _TEXTS = ("hlo", "buffer_assignment", "live_ranges")

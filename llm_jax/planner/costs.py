@@ -130,6 +130,8 @@ class Costs:
             else:
                 operands = [self._names[target].get(given) for given in user.operand_names]
                 part = _touched_by(user, operands, (name,))
+                if part is not None and user.opcode == "dynamic-update-slice":
+                    part = 0.0  # what it replaces is not read
                 total += whole if part is None else part
         return min(total, whole)
 

@@ -148,11 +148,11 @@ class Place:
 
     def inside(
         self, computations: Computations, where: str, loop: Instruction
-    ) -> tuple["Place", int]:
-        """The place of a loop's body, and the trips of the loop."""
+    ) -> tuple["Place", int | None]:
+        """The place of a loop's body, and the trips of the loop; None, and one run, where nobody knows."""
         loops = (*self.loops, (where, loop))
         trips = trip_count(computations, loops)
-        return Place(loops, self.times * trips), trips
+        return Place(loops, self.times * (1 if trips is None else trips)), trips
 
 
 def estimated_cycles(one: Instruction) -> int | None:
@@ -211,7 +211,8 @@ class _Reader:
         return cycles
 
     def _walk_loop(self, one: Instruction, where: str, place: Place) -> int:
-        inside, trips = place.inside(self.computations, where, one)
+        inside, known = place.inside(self.computations, where, one)
+        trips = 1 if known is None else known
         (body,) = one.called("body")
         index = len(self.loops)
         cycles = self.walk(body, inside)

@@ -156,7 +156,7 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _START = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _AT_SPACE, _AT_COMMA = re.compile(r"[()\[\]{} ]"), re.compile(r"[()\[\]{},]")
-_PLACED = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{[^{}]*?(?:S\((\d+)\))?\})?")
+_PLACED = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{[^{}]*?(?:S\((\d+)\)[^{}]*)?\})?")
 
 
 def _balanced(line: str, start: int, stop: re.Pattern) -> int:

@@ -68,11 +68,12 @@ class Mask:
     def blocks(self, length: int, query: int, key: int) -> int:
         """Blocks of scores with a visible one, of `length` queries and keys."""
         if not self.causal and self.window is None:
-            return (length // query) * (length // key)
+            return -(-length // query) * -(-length // key)
         count = 0
         for first in range(0, length, query):
             last = first + query - 1
-            end = last if self.causal else min(last + (self.window or length) - 1, length - 1)
+            end = last if self.causal else last + (self.window or length) - 1
+            end = min(end, length - 1)
             begin = max(0, first - self.window + 1) if self.window else 0
             count += end // key - begin // key + 1
         return count
@@ -107,7 +108,7 @@ def kernel_cost(
     if "fmha" in one.target:
         rows, scored = _attended(shapes)
         products = 5 if "Backward" in one.target else 2
-        share = mask.blocks(scored, _LANES, _LANES) / max(1, scored // _LANES) ** 2
+        share = mask.blocks(scored, _LANES, _LANES) / (-(-scored // _LANES)) ** 2
         return KernelCost("attention", 2 * products * rows * scored * share, moved, None)
     return _stated(one, moved, chip, 1.0)
 

@@ -1,6 +1,7 @@
 """How a step's arrays and mesh lie on the devices: what a planner must know before it reads HLO."""
 
 import collections
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -72,15 +73,26 @@ def mesh_axes(mesh: Mesh, wrap: Sequence[bool] = (False,) * 3) -> tuple[MeshAxis
     can send all it has to any other: as good as a ring.
     """
     places = _places(mesh.devices)
-    if mesh.devices.flat[0].platform == "gpu":
-        wrap = (True,) * 3
+    is_switched = mesh.devices.flat[0].platform == "gpu"
     flat = places.reshape(-1, _COLUMNS)
     whole = (np.ptp(flat[:, :3], axis=0) + 1).tolist()
     axes = []
     for number, name in enumerate(mesh.axis_names):
         lines = np.moveaxis(places, number, 0).reshape(places.shape[number], -1, _COLUMNS)
-        axes.append(MeshAxis(name, len(lines), _spans(lines[:, 0], wrap, whole)))
+        spans = _spans(_slowest(lines), wrap, whole)
+        if is_switched:
+            spans = tuple(
+                dataclasses.replace(s, ring=True, stride=1) if s.kind == "link" else s
+                for s in spans
+            )
+        axes.append(MeshAxis(name, len(lines), spans))
     return tuple(axes)
+
+
+def _slowest(lines: np.ndarray) -> np.ndarray:
+    """Of lines [n, m, 5], one that crosses the most slices or hosts: a collective waits for it."""
+    hosts = np.sort(lines[:, :, 4], axis=0)
+    return lines[:, np.argmax(np.count_nonzero(np.diff(hosts, axis=0), axis=0))]
 
 
 # Of a place: x, y and z on the torus or within the host, device of the chip, slice or process.
@@ -109,13 +121,20 @@ def _places(devices: np.ndarray) -> np.ndarray:
 def _spans(line: np.ndarray, wrap: Sequence[bool], whole: Sequence[int]) -> tuple[Span, ...]:
     """Of the places along an axis, [n, 5]. whole: size of each dimension of the torus."""
     counts = [len(np.unique(line[:, column])) for column in range(_COLUMNS)]
-    spans = [
-        Span("link", dimension, size, bool(wrap[dimension]) and size == whole[dimension])
-        for dimension, size in enumerate(counts[:3])
-    ]
-    spans += [Span("core", 0, counts[3], False), Span("network", 0, counts[4], False)]
-    spans = [span for span in spans if span.size > 1]
-    if math.prod(span.size for span in spans) == len(line):
-        return tuple(spans)
-    # A line that turns corners: its devices are still neighbours, one after the other.
-    return (Span("link", 0, len(line), False),)
+    varying = [column for column in range(_COLUMNS) if counts[column] > 1]
+    varying.sort(key=lambda column: -int(np.argmax(line[:, column] != line[0, column])))
+    if math.prod(counts) == len(line):
+        return tuple(_span(column, line[:, column], wrap, whole) for column in varying)
+    # A line that turns corners: its chips are still neighbours, one after the other. Or one that crosses
+    # hosts unevenly.
+    apart = [_span(column, line[:, column], wrap, whole) for column in varying if column >= 3]
+    chips = -(-len(line) // math.prod(span.size for span in apart))
+    return (*apart, *([Span("link", 0, chips, False)] if chips > 1 else []))
+
+
+def _span(column: int, places: np.ndarray, wrap: Sequence[bool], whole: Sequence[int]) -> Span:
+    size = len(np.unique(places))
+    if column >= 3:
+        return Span("core" if column == 3 else "network", 0, size, False)
+    stride = round(np.ptp(places) / (size - 1))
+    return Span("link", column, size, bool(wrap[column]) and size * stride == whole[column], stride)

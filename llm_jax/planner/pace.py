@@ -16,9 +16,9 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from llm_jax.metrics.throughput import transformer_flops
+from llm_jax.metrics.throughput import keys_seen, transformer_flops
 from llm_jax.nn.moe import MoeConfig
-from llm_jax.planner.chips import Chip
+from llm_jax.planner.chips import Chip, matmul_flops
 from llm_jax.planner.footprint import Block, element_size, tokens_at_once
 from llm_jax.planner.hlo_collectives import Collective
 from llm_jax.planner.links import Crossing
@@ -126,14 +126,14 @@ def _compute_seconds(run: RunConfig, placement: Placement, chip: Chip) -> tuple[
             )
             matmul += (3 + _is_again(weight, run.model.remat)) * flops * in_layers * chosen
     spec, length = config.attention.spec, run.data.sequence_length
-    seen = min(length, spec.window or length) * (0.5 if spec.causal else 1.0)
+    seen = keys_seen(length, spec.window, spec.causal)
     heads = config.attention.num_heads / placement.shares("heads")
     attention = 4 * heads * config.attention.head_dim * seen * config.num_layers
     passes = 1 + _ATTENTION_BACKWARD + (run.model.remat in _ATTENTION_AGAIN)
     attention *= tokens * placement.turns_per_item * passes
     filled = min(1.0, config.attention.head_dim / (chip.mxu or 1))
     seconds = matmul / MATMUL_EFFICIENCY + attention / (ATTENTION_EFFICIENCY * filled)
-    return matmul + attention, seconds / chip.peak_flops
+    return matmul + attention, seconds / matmul_flops(chip, run.train.compute_dtype)
 
 
 def _is_again(weight: Weight, policy: str) -> bool:

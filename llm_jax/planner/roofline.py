@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from llm_jax.planner.chips import Chip
 from llm_jax.planner.compiled import CompiledStep
-from llm_jax.planner.plan import Exchange, Op, Roofline
-from llm_jax.planner.schedule import read_schedule
+from llm_jax.planner.plan import Roofline
+from llm_jax.planner.schedule import Schedule, read_schedule
 
 # Measured over predicted speed, one number for a generation, 1 where none is given. The published runs
 # of docs/planner.md need none.
@@ -35,17 +35,17 @@ def read_roofline(
         return None
     if efficiency is None:
         efficiency = EFFICIENCY.get(chip.name, 1.0)
-    ops, exchanges = read_schedule(step, chip)
+    found = read_schedule(step, chip)
     slower = lambda one: dataclasses.replace(  # noqa: E731
         one, seconds=one.seconds / efficiency, exposed=one.exposed / efficiency
     )
-    ops, exchanges = [slower(op) for op in ops], [slower(one) for one in exchanges]
-    return _summary(step, chip, ops, exchanges, efficiency)
+    ops, exchanges = map(slower, found.ops), map(slower, found.exchanges)
+    slowed = Schedule(tuple(ops), tuple(exchanges), found.unknown_loops)
+    return _summary(step, chip, slowed, efficiency)
 
 
-def _summary(
-    step: CompiledStep, chip: Chip, ops: list[Op], exchanges: list[Exchange], efficiency: float
-) -> Roofline:
+def _summary(step: CompiledStep, chip: Chip, schedule: Schedule, efficiency: float) -> Roofline:
+    ops = schedule.ops
     bounds: collections.Counter[str] = collections.Counter()
     for op in ops:
         bounds[op.bound] += op.exposed * op.times
@@ -58,8 +58,8 @@ def _summary(
     return Roofline(
         step_seconds=total,
         bounds={name: value for name, value in bounds.most_common() if value > 0},
-        ops=tuple(ops),
-        exchanges=tuple(exchanges),
+        ops=ops,
+        exchanges=schedule.exchanges,
         tokens_per_second=rate,
         model_flops=None if full is None else full * step.tokens_per_step / chips,
         hardware_flops=math.fsum(op.flops * op.times for op in ops),
@@ -67,4 +67,5 @@ def _summary(
         mfu_causal=share("causal") if "causal" in step.model_flops else None,
         efficiency=efficiency,
         from_compiler=by_compiler / total if total else 0.0,
+        unknown_loops=schedule.unknown_loops,
     )

@@ -12,16 +12,18 @@ What is asynchronous runs from its start to its done: a collective on the links 
 copy between HBM and VMEM on the memory's engine, one to the host's memory on that of PCIe. On each
 of these one thing runs at a time, in the order of the starts; a synchronous collective goes first
 and delays those under way. What is not finished at the done is exposed, and the schedule waits for
-it.
+it. What a loop, a call or a branch exchanges delays what was begun outside of it on the same links.
 """
 
+import collections
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 from llm_jax.planner import links
-from llm_jax.planner.chips import Chip
+from llm_jax.planner.chips import Chip, matmul_flops
 from llm_jax.planner.compiled import CompiledStep
 from llm_jax.planner.costs import Costs
 from llm_jax.planner.hlo import NO_WORK, Place, branches, estimated_cycles
@@ -45,7 +47,16 @@ _FAR = 6  # instructions to look back for a name
 _TELLING = 0.1
 
 
-def read_schedule(step: CompiledStep, chip: Chip) -> tuple[list[Op], list[Exchange]]:
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """unknown_loops: what loops whose turns the program does not state belong to; they count once."""
+
+    ops: tuple[Op, ...]
+    exchanges: tuple[Exchange, ...]
+    unknown_loops: tuple[str, ...]
+
+
+def read_schedule(step: CompiledStep, chip: Chip) -> Schedule:
     """Everything that takes time in a step, on a chip with known rates.
 
     Raises:
@@ -53,7 +64,10 @@ def read_schedule(step: CompiledStep, chip: Chip) -> tuple[list[Op], list[Exchan
     """
     walk = _Walk(step, chip)
     walk.run(walk.entry, Place())
-    return walk.ops, walk.exchanges
+    unknown = (
+        module_of(op_name) or op_name or name for name, op_name in walk.unknown_loops.items()
+    )
+    return Schedule(tuple(walk.ops), tuple(walk.exchanges), tuple(dict.fromkeys(unknown)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +80,17 @@ class _Work:
     seconds: float
     bound: str
     by: Literal["compiler", "roofline", "kernel", "link"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Of a computation, once. busy: seconds that each engine is taken, which may be at the same time."""
+
+    seconds: float = 0.0
+    busy: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def repeated(self, times: int) -> "_Run":
+        return _Run(times * self.seconds, {name: times * s for name, s in self.busy.items()})
 
 
 @dataclasses.dataclass
@@ -83,6 +108,8 @@ class _Walk:
 
     def __init__(self, step: CompiledStep, chip: Chip):
         self._step, self._chip = step, chip
+        compute_dtype = step.config.get("train", {}).get("compute_dtype", "bfloat16")
+        self._matmul_flops = matmul_flops(chip, compute_dtype)
         self.computations, self.entry = parse_computations(step.hlo)
         if self.entry is None:
             raise ValueError(
@@ -94,52 +121,52 @@ class _Walk:
         self._devices = math.prod(axis.size for axis in step.mesh)
         self.ops: list[Op] = []
         self.exchanges: list[Exchange] = []
+        self.unknown_loops: dict[str, str] = {}
 
-    def run(self, name: str, place: Place) -> float:
-        """Notes what a computation does; the seconds of one run."""
+    def run(self, name: str, place: Place) -> "_Run":
+        """Notes what a computation does in one run."""
         return _Timeline(self, name, place).run()
 
-    def loop(self, one: Instruction, where: str, place: Place) -> float:
+    def loop(self, one: Instruction, where: str, place: Place) -> "_Run":
         inside, trips = place.inside(self.computations, where, one)
         (body,) = one.called("body")
-        return self.run(body, inside) * trips if trips else 0.0
+        if trips is None:
+            self.unknown_loops[one.name] = one.op_name
+            return self.run(body, inside)
+        return self.run(body, inside).repeated(trips) if trips else _Run()
 
-    def conditional(self, one: Instruction, place: Place) -> float:
+    def conditional(self, one: Instruction, place: Place) -> "_Run":
         """Only one branch runs: the slowest stands for all."""
         start, started = len(self.ops), len(self.exchanges)
-        slowest, ops, exchanges = 0.0, [], []
+        slowest, ops, exchanges = _Run(), [], []
         for branch in branches(one):
-            seconds = self.run(branch, place)
-            if seconds >= slowest:
-                slowest, ops, exchanges = seconds, self.ops[start:], self.exchanges[started:]
+            run = self.run(branch, place)
+            if run.seconds >= slowest.seconds:
+                slowest, ops, exchanges = run, self.ops[start:], self.exchanges[started:]
             del self.ops[start:], self.exchanges[started:]
         self.ops += ops
         self.exchanges += exchanges
         return slowest
 
-    def collective(
+    def collectives(
         self, start: Instruction, place: Place, chains: set[str]
-    ) -> tuple[Collective, Instruction] | None:
-        """What an instruction exchanges or begins to, and the instruction that says so.
-
-        Several at once count as the first, with the bytes of all.
-        """
-        found = list(collectives_in(self.computations, start, chains))
-        if not found:
-            return None
-        read = [
-            read_collective(inner, kind, start, place.times, place.bodies, self._devices)
-            for inner, kind in found
+    ) -> list[tuple[Collective, Instruction]]:
+        """What an instruction exchanges or begins to, each with the instruction that says so."""
+        return [
+            (read_collective(inner, kind, start, place.times, place.bodies, self._devices), inner)
+            for inner, kind in collectives_in(self.computations, start, chains)
         ]
-        whole = dataclasses.replace(read[0], bytes=sum(one.bytes for one in read))
-        return whole, found[0][0]
 
-    def exchange_work(self, collective: Collective) -> tuple[_Work, links.Crossing]:
-        cross = links.crossing(collective, self._step.mesh)
-        seconds = links.seconds(collective, cross, self._chip)
-        moved = float(collective.bytes * self._chip.devices)
-        bound = f"communication {cross.axes}"
-        return _Work("collective", 0.0, moved, seconds, bound, "link"), cross
+    def exchange_work(self, together: list[Collective]) -> tuple[_Work, str]:
+        """Of what one instruction exchanges, one after the other; the mesh axes that it runs over."""
+        seconds, moved, axes = 0.0, 0.0, {}
+        for one in together:
+            cross = links.crossing(one, self._step.mesh)
+            seconds += links.seconds(one, cross, self._chip)
+            moved += one.bytes * self._chip.devices
+            axes |= dict.fromkeys(cross.axes.split("+"))
+        named = "+".join(axes)
+        return _Work("collective", 0.0, moved, seconds, f"communication {named}", "link"), named
 
     def copy_work(self, one: Instruction) -> tuple[_Work, str]:
         """What an asynchronous copy or slice moves, and the engine that does."""
@@ -160,7 +187,7 @@ class _Walk:
             return None
         cost = self._cost(where, one)
         chip, devices = self._chip, self._chip.devices
-        compute = cost.flops * devices / chip.peak_flops
+        compute = cost.flops * devices / self._matmul_flops
         memory = cost.bytes * devices / chip.hbm_bytes_per_second
         cycles = estimated_cycles(one)
         busy, by = compute, "roofline"
@@ -246,23 +273,25 @@ class _Timeline:
         self._free: dict[str, float] = {}
         self._flights: dict[str, _InFlight] = {}
         self._chains: set[str] = set()
+        self._busy: collections.Counter[str] = collections.Counter()
         self._by_name = {one.name: one for one in walk.computations[name]}
 
-    def run(self) -> float:
+    def run(self) -> _Run:
         for one in self._walk.computations[self._name]:
             self._step(one)
         for key in list(self._flights):
             self._finish(key)
-        return self._clock
+        return _Run(self._clock, self._busy)
 
     def _step(self, one: Instruction) -> None:
         walk, place = self._walk, self._place
         if one.opcode == "while":
-            self._clock += walk.loop(one, self._name, place)
+            self._enter(walk.loop(one, self._name, place))
         elif one.opcode == "call":
-            self._clock += sum(walk.run(name, place) for name in one.called("to_apply"))
+            for name in one.called("to_apply"):
+                self._enter(walk.run(name, place))
         elif one.opcode == "conditional":
-            self._clock += walk.conditional(one, place)
+            self._enter(walk.conditional(one, place))
         else:
             ended = self._ended(one)
             if ended is not None:
@@ -271,9 +300,9 @@ class _Timeline:
                 self._begin_or_do(one)
 
     def _begin_or_do(self, one: Instruction) -> None:
-        found = self._walk.collective(one, self._place, self._chains)
-        if found is not None:
-            self._exchange(one, *found)
+        found = self._walk.collectives(one, self._place, self._chains)
+        if found:
+            self._exchange(one, [collective for collective, _ in found], found[0][1])
         elif one.opcode.endswith("-start"):
             work, engine = self._walk.copy_work(one)
             op = self._walk.note(one, self._place, work, 0.0, self._named(one))
@@ -284,16 +313,18 @@ class _Timeline:
                 self._walk.note(one, self._place, work, work.seconds, self._named(one))
                 self._clock += work.seconds
 
-    def _exchange(self, one: Instruction, collective: Collective, inner: Instruction) -> None:
-        work, cross = self._walk.exchange_work(collective)
+    def _exchange(self, one: Instruction, together: list[Collective], inner: Instruction) -> None:
+        work, axes = self._walk.exchange_work(together)
+        # Listed as the first of them, with the bytes of all.
+        collective = dataclasses.replace(together[0], bytes=sum(c.bytes for c in together))
         key = self._key(one)
         exposed = work.seconds if key is None else 0.0
         named = inner if inner.op_name else self._named(one)
         op = self._walk.note(one, self._place, work, exposed, named)
-        exchange = self._walk.note_exchange(collective, cross.axes, self._walk.ops[op])
-        engines = tuple(cross.axes.split("+"))
+        exchange = self._walk.note_exchange(collective, axes, self._walk.ops[op])
+        engines = tuple(axes.split("+"))
         if key is None:
-            self._interrupt(engines, work.seconds)
+            self._enter(_Run(work.seconds, dict.fromkeys(engines, work.seconds)))
         else:
             self._begin(key, _InFlight(op, exchange, engines, 0.0), work.seconds)
 
@@ -301,17 +332,21 @@ class _Timeline:
         free = (self._free.get(engine, 0.0) for engine in flight.engines)
         flight.finish = max(self._clock, *free) + seconds
         self._free.update(dict.fromkeys(flight.engines, flight.finish))
+        self._busy.update(dict.fromkeys(flight.engines, seconds))
         self._flights[key] = flight
 
-    def _interrupt(self, engines: tuple[str, ...], seconds: float) -> None:
-        """Runs something synchronous; what is under way on these engines ends so much later."""
+    def _enter(self, run: _Run) -> None:
+        """Waits for something synchronous; what is under way on its engines ends so much later."""
         for flight in self._flights.values():
-            if flight.finish > self._clock and set(flight.engines) & set(engines):
-                flight.finish += seconds
-        for engine in engines:
+            if flight.finish > self._clock:
+                flight.finish += max(
+                    (run.busy.get(name, 0.0) for name in flight.engines), default=0
+                )
+        for engine, seconds in run.busy.items():
             if self._free.get(engine, 0.0) > self._clock:
                 self._free[engine] += seconds
-        self._clock += seconds
+        self._busy.update(run.busy)
+        self._clock += run.seconds
 
     def _finish(self, key: str) -> None:
         flight = self._flights.pop(key, None)

@@ -2,8 +2,8 @@
 
 XLA notes `known_trip_count` on CPU and GPU. On TPU it is read here: the condition compares an
 element of the loop's tuple, which the body moves by a constant, with a bound, a constant of the
-condition or an element that the body passes on. Any other form counts as one run; nothing is
-guessed from constants that merely stand there.
+condition or an element that the body passes on. Of any other form nothing is known; nothing is guessed
+from constants that merely stand there.
 
 One loop is known by its name: the rounds that experts add for choices beyond their buffers
 (nn/experts.py). How many, only the router knows; they count as none, as they are with an even one.
@@ -38,8 +38,8 @@ class _Moved:
 _Value = int | _Element | _Moved | None
 
 
-def trip_count(computations: Computations, loops: Sequence[tuple[str, Instruction]]) -> int:
-    """Runs of the body of the innermost loop each time it runs; 1 where the text does not say.
+def trip_count(computations: Computations, loops: Sequence[tuple[str, Instruction]]) -> int | None:
+    """Runs of the body of the innermost loop each time it runs; None where the text does not say.
 
     loops: each with the computation that holds it, the outermost first.
     """
@@ -52,15 +52,15 @@ def trip_count(computations: Computations, loops: Sequence[tuple[str, Instructio
     (condition,), (body,) = loop.called("condition"), loop.called("body")
     compared = _compared(_Values(computations, condition), root(computations[condition]))
     if compared is None:
-        return 1
+        return None
     counter, bound, direction = compared
     step = _Values(computations, body).element(root(computations[body]).name, counter.index)
     if isinstance(bound, _Element):
         bound = _carried(computations, loops, bound.index)
     if not isinstance(bound, int) or not isinstance(step, _Moved) or step.index != counter.index:
-        return 1
+        return None
     first = _given(computations, loops, counter.index)
-    return 1 if first is None else _runs(first, bound, step.step, direction)
+    return None if first is None else _runs(first, bound, step.step, direction)
 
 
 def _carried(
@@ -83,10 +83,10 @@ def _given(
     return value if isinstance(value, int) else None
 
 
-def _runs(first: int, bound: int, step: int, direction: str) -> int:
+def _runs(first: int, bound: int, step: int, direction: str) -> int | None:
     """Of a counter that goes on while it compares so with the bound."""
     if step == 0:
-        return 1
+        return None
     distance = bound - first
     if direction in ("LE", "GE"):
         distance += 1 if direction == "LE" else -1

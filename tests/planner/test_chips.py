@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from llm_jax.metrics.throughput import PEAK_FLOPS
-from llm_jax.planner.chips import CHIPS, chip_of, device_memory, find_chip
+from llm_jax.planner.chips import CHIPS, chip_of, device_memory, find_chip, matmul_flops
 
 TPUS = [chip for chip in CHIPS.values() if chip.kind == "tpu"]
 # Matrix arrays of mxu x mxu that make the peak.
@@ -36,6 +36,36 @@ def test_tpus(chip):
     per_cycle = ARRAYS[chip.name] * 2 * chip.mxu**2
     assert chip.peak_flops == pytest.approx(per_cycle * chip.clock_hz, rel=0.01)
     assert chip.links == 2 * chip.dimensions
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "bytes_per_second", "links_gbps", "network_gbps", "largest", "dollars"),
+    [
+        ("v5e", 16, 0.819e12, 1600, 25, 256, 1.20),
+        ("v5p", 96, 2.765e12, 4800, 50, 6144, 4.20),
+        ("v6e", 32, 1.638e12, 3200, 100, 256, 2.70),
+        ("tpu7x", 192, 7.38e12, 4800, 100, 9216, None),
+    ],
+)
+def test_tpus_are_as_published(
+    name, gib, bytes_per_second, links_gbps, network_gbps, largest, dollars
+):
+    """As Google Cloud's pages have them: links in Gbit/s of a chip, one direction."""
+    chip = CHIPS[name]
+    assert chip.hbm_total_bytes == gib * 2**30
+    assert chip.hbm_bytes_per_second == bytes_per_second
+    assert chip.links * chip.link_bytes_per_second * 8 == links_gbps * 1e9
+    assert chip.network_bytes_per_second * 8 == network_gbps * 1e9
+    assert (chip.largest, chip.dollars_per_chip_hour) == (largest, dollars)
+
+
+def test_float32_takes_twice_the_time_on_gpus_only():
+    for name in ("h100", "l4"):
+        assert matmul_flops(CHIPS[name], "float32") == CHIPS[name].peak_flops / 2
+        assert matmul_flops(CHIPS[name], "bfloat16") == CHIPS[name].peak_flops
+    assert matmul_flops(CHIPS["v5p"], "float32") == CHIPS["v5p"].peak_flops
+    measured = chip_of("Quark", 7, {"peak_flops": 1e12})
+    assert matmul_flops(measured, "float32") == 1e12, "that was measured in float32"
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)

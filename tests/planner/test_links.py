@@ -127,6 +127,38 @@ def test_permutes_by_their_distance():
     assert far == pytest.approx(3 * near, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "span", "sent"),
+    [
+        ("all-reduce", Span("link", 0, 2, True, 8), 4.0),
+        ("all-reduce", Span("link", 0, 2, True, 4), 2.0),
+        ("all-reduce", Span("link", 0, 2, False, 2), 2.0),
+        ("collective-permute", Span("link", 0, 4, True, 4), 4.0),
+        ("all-to-all", Span("link", 0, 4, True, 4), 2.0),
+    ],
+)
+def test_groups_that_interleave_share_the_links_between(kind, span, sent):
+    """Loads of the busiest link, counted by hand on rings of 16 and 8 and a line of 4."""
+    assert seconds(kind, 1e9, [span]) == pytest.approx(sent * 1e9 / RATE, rel=1e-2)
+
+
+def test_part_of_an_axis_is_what_its_group_runs_over():
+    mesh = (MeshAxis("fsdp", 16, (ring(4, 1), ring(4, 0))),)
+    part = lambda group: links.crossing(collective("all-gather", 8, np.array([group])), mesh).spans
+    assert part([0, 1, 2, 3]) == (ring(4, 0),)
+    assert part([0, 4, 8, 12]) == (ring(4, 1),)
+    assert part([0, 2]) == (Span("link", 0, 2, True, 2),)
+    assert part([0, 1, 2, 3, 8, 9, 10, 11])[-1] == ring(4, 0)
+
+
+def test_each_device_of_a_chip_sends_its_own_to_all():
+    cores = Span("core", 0, 2, False)
+    slices = Span("network", 0, 2, False)
+    for near in ([ring(4)], [slices]):
+        alone = seconds("all-to-all", 1e9, near, TPU7X)
+        assert seconds("all-to-all", 1e9, [*near, cores], TPU7X) == pytest.approx(alone, rel=0.05)
+
+
 def test_two_devices_of_a_chip_share_its_links():
     cores = Span("core", 0, 2, False)
     both = seconds("all-gather", 1e9, [ring(4), cores], TPU7X)

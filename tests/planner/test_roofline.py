@@ -248,6 +248,166 @@ def test_visible_blocks_of_windows():
     assert Mask(True, 3).blocks(8, 2, 2) == 4 + 3
 
 
+@pytest.mark.parametrize(
+    ("mask", "length", "blocks"),
+    [
+        (Mask(True, None), 1000, 36),
+        (Mask(True, None), 200, 3),
+        (Mask(True, None), 100, 1),
+        (Mask(False, None), 100, 1),
+        (Mask(False, 8), 200, 4),
+    ],
+)
+def test_a_last_block_that_is_not_full_counts(mask, length, blocks):
+    assert mask.blocks(length, 128, 128) == blocks
+
+
+def test_float32_on_a_gpu_runs_as_tf32():
+    h100, dot = CHIPS["h100"], "%d = f32[4096,4096]{1,0} dot(%a, %a), lhs_contracting_dims={1}"
+    lines = ("%a = f32[4096,4096]{1,0} parameter(0)", dot)
+    seconds = {
+        (chip.name, dtype): read(*lines, chip=chip, config={"train": {"compute_dtype": dtype}}).step_seconds
+        for chip in (h100, V5E)
+        for dtype in ("bfloat16", "float32")
+    }  # fmt: skip
+    assert seconds["h100", "bfloat16"] == pytest.approx(2 * 4096**3 / h100.peak_flops)
+    assert seconds["h100", "float32"] == pytest.approx(2 * seconds["h100", "bfloat16"])
+    assert seconds["v5e", "float32"] == seconds["v5e", "bfloat16"]
+
+
+ASYNC_FUSION = f"""\
+%begins (p: {SHARE}) -> ({SHARE}, {WEIGHT}) {{
+  %p = {SHARE} parameter(0)
+  %g = {WEIGHT} all-gather(%p), {GROUPS}, dimensions={{0}}, frontend_attributes={{chain_id="7"}}
+  ROOT %s = ({SHARE}, {WEIGHT}) custom-call(%g), custom_call_target="AsyncCollectiveStart", frontend_attributes={{chain_id="7"}}
+}}
+%ends (p: {WEIGHT}) -> {WEIGHT} {{
+  %p = {WEIGHT} parameter(0)
+  ROOT %e = {WEIGHT} custom-call(%p), custom_call_target="AsyncCollectiveDone", frontend_attributes={{chain_id="7"}}
+}}
+"""
+SPARSE = f"""\
+%sparse (p: {SHARE}) -> {WEIGHT} {{
+  %p = {SHARE} parameter(0)
+  ROOT %g = {WEIGHT} all-gather(%p), {GROUPS}, dimensions={{0}}
+}}, execution_thread="sparsecore"
+"""
+RENDEZVOUS = '_xla_host_transfer_rendezvous="r1"'
+# As v5e, tpu7x and several slices have it: what begins, and what waits for the end.
+ASYNC = {
+    "fusions": (
+        ASYNC_FUSION,
+        (f"%start = ({SHARE}, {WEIGHT}) fusion(%w), kind=kCustom, calls=%begins",
+         f"%piece = {WEIGHT} get-tuple-element(%start), index=1"),
+        f"%done = {WEIGHT} fusion(%piece), kind=kCustom, calls=%ends",
+    ),
+    "sparse cores": (
+        SPARSE,
+        (f"%start = (({SHARE}), {WEIGHT}) call-start(%w), to_apply=%sparse",),
+        f"%done = {WEIGHT} call-done(%start)",
+    ),
+    "slices": (
+        "",
+        (f'%sent = ({SHARE}, u32[], token[]) send(%w), frontend_attributes={{_xla_megascale_transfer_type="ALL_GATHER",{RENDEZVOUS}}}',
+         f"%answer = ({WEIGHT}, u32[], token[]) recv(%a), frontend_attributes={{{RENDEZVOUS}}}"),
+        f"%done = ({WEIGHT}, token[]) recv-done(%answer)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ASYNC)
+def test_each_form_of_an_asynchronous_collective_hides(form):
+    before, begin, end = ASYNC[form]
+    mesh = (MeshAxis("data", 2, (Span("network", 0, 2, False),)), *MESH[1:])
+    timeline = lambda *between: read(  # noqa: E731
+        A, SHARD, *begin, *between, end, before=NOTHING + before, mesh=mesh
+    )
+    (alone,) = timeline().exchanges
+    assert alone.exposed == alone.seconds > 1e-4
+    half = timeline(timed("x", "%a", int(alone.seconds / 2 * V5E.clock_hz)))
+    assert half.exchanges[0].exposed == pytest.approx(alone.seconds / 2, rel=1e-3)
+    hidden = timeline(timed("x", "%a", int(2 * alone.seconds * V5E.clock_hz)))
+    assert hidden.exchanges[0].exposed == 0
+
+
+def test_what_a_loop_exchanges_delays_what_was_begun_before_it():
+    loop = f"""\
+%body (s: (s32[], {SHARE})) -> (s32[], {SHARE}) {{
+  %s = (s32[], {SHARE}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %v = {SHARE} get-tuple-element(%s), index=1
+  %inner = {WEIGHT} all-gather(%v), {GROUPS}, dimensions={{0}}
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], {SHARE}) tuple(%next, %v)
+}}
+%condition (s: (s32[], {SHARE})) -> pred[] {{
+  %s = (s32[], {SHARE}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %four = s32[] constant(4)
+  ROOT %less = pred[] compare(%i, %four), direction=LT
+}}
+"""
+    lines = (
+        SHARD, "%zero = s32[] constant(0)", f"%given = (s32[], {SHARE}) tuple(%zero, %w)", START,
+        f"%while = (s32[], {SHARE}) while(%given), condition=%condition, body=%body", DONE,
+    )  # fmt: skip
+    one = read(SHARD, START, DONE).step_seconds
+    assert read(*lines, before=NOTHING + loop).step_seconds == pytest.approx(5 * one)
+
+
+def test_a_loop_whose_turns_nobody_states_counts_once_and_is_named():
+    def loop(moved):
+        return f"""\
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %s = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %v = f32[8]{{0:S(1)}} get-tuple-element(%s), index=1
+  {timed("work", "%v")}
+  %one = s32[] constant(1)
+  %next = s32[] {moved}
+  ROOT %t = (s32[], f32[8]) tuple(%next, %work)
+}}
+%condition (s: (s32[], f32[8])) -> pred[] {{
+  %s = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %ten = s32[] constant(10)
+  ROOT %less = pred[] compare(%i, %ten), direction=LT
+}}
+"""
+
+    lines = (
+        A, "%zero = s32[] constant(0)", "%given = (s32[], f32[8]) tuple(%zero, %a)",
+        "%while = (s32[], f32[8]) while(%given), condition=%condition, body=%body, "
+        'metadata={op_name="jit(f)/jvp(stack)/layers/mlp/while"}',
+    )  # fmt: skip
+    known = read(*lines, before=NOTHING + loop("add(%i, %one)"))
+    assert (known.step_seconds, known.unknown_loops) == (pytest.approx(10e-3), ())
+    unknown = read(*lines, before=NOTHING + loop("multiply(%i, %i)"))
+    assert unknown.step_seconds == pytest.approx(1e-3)
+    assert unknown.unknown_loops == ("stack.layers.mlp",)
+
+
+def test_several_collectives_of_one_fusion_each_take_their_own_way():
+    both = f"""\
+%two (p: {SHARE}, q: f32[4096]) -> ({WEIGHT}, f32[4096]) {{
+  %p = {SHARE} parameter(0)
+  %q = f32[4096]{{0}} parameter(1)
+  %g = {WEIGHT} all-gather(%p), {GROUPS}, dimensions={{0}}
+  %r = f32[4096]{{0}} all-reduce(%q), {GROUPS}, to_apply=%add
+  ROOT %t = ({WEIGHT}, f32[4096]{{0}}) tuple(%g, %r)
+}}
+"""
+    vector = "%v = f32[4096]{0} parameter(2)"
+    fused = f"%f = ({WEIGHT}, f32[4096]{{0}}) fusion(%w, %v), kind=kCustom, calls=%two"
+    alone = (
+        f"%g = {WEIGHT} all-gather(%w), {GROUPS}, dimensions={{0}}",
+        f"%r = f32[4096]{{0}} all-reduce(%v), {GROUPS}, to_apply=%add",
+    )
+    together = read(SHARD, vector, fused, before=NOTHING + both)
+    assert together.step_seconds == pytest.approx(read(SHARD, vector, *alone).step_seconds)
+
+
 def test_ragged_products_count_a_tile_more_per_expert():
     lines = (
         "%rows = bf16[4096,512]{1,0} parameter(0)",
