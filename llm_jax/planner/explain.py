@@ -21,8 +21,9 @@ from llm_jax.planner.make import make_plan
 from llm_jax.planner.plan import Plan
 from llm_jax.planner.terminal import show_plan
 from llm_jax.planner.topology import parse_target
-from llm_jax.planner.worker import compile_here
+from llm_jax.planner.worker import compile_here, first_line
 from llm_jax.sharding.mesh import make_mesh
+from llm_jax.training import peers
 from llm_jax.training.config import RunConfig
 from llm_jax.training.program import Program, build_program
 
@@ -77,24 +78,27 @@ def check_state(program: Program) -> None:
 def out_of_memory(error: Exception, run: RunConfig) -> RunError | None:
     """What to raise instead of `error` when devices ran out of memory; None for another error.
 
-    The explanation is printed; the RunError says it in a line.
+    The explanation is printed, by process 0; the RunError says it in a line.
     """
     text = str(error)
     exhausted = "RESOURCE_EXHAUSTED" in text and re.search("memory|allocat", text)
     if not exhausted and "out of memory" not in text.lower():
         return None
     asked = _asked(text, _stage(error))
-    if jax.process_index() != 0:
-        return RunError(asked)
-    # The frames of the run hold its arrays; the compiler may need the memory.
-    traceback.clear_frames(error.__traceback__)
-    try:
-        plan = plan_here(build_program(run, make_mesh(run.mesh)), run)
-    except (RunError, OSError, jax.errors.JaxRuntimeError) as failure:
-        said = str(failure).splitlines()[0]
-        return RunError(f"{asked} (the compiler could not say why: {said})")
-    show_plan(plan, Console(stderr=True))
-    return RunError(f"{asked}; {_reason(plan)}")
+    with peers.explaining():
+        if jax.process_index() != 0:
+            return RunError(asked)
+        # The frames of the run hold its arrays; the compiler may need the memory.
+        traceback.clear_frames(error.__traceback__)
+        try:
+            plan = plan_here(build_program(run, make_mesh(run.mesh)), run)
+            show_plan(plan, Console(stderr=True))
+        except Exception as failure:  # whatever it is, it must not hide what ended the run
+            kind = "" if isinstance(failure, RunError) else f"{type(failure).__name__}: "
+            return RunError(
+                f"{asked} (the compiler could not say why: {kind}{first_line(failure)})"
+            )
+        return RunError(f"{asked}; {_reason(plan)}")
 
 
 def _reason(plan: Plan) -> str:

@@ -34,6 +34,9 @@ _ROOT = "llm_jax"
 _BEATS, _STEPS, _NOTICES = f"{_ROOT}/beat", f"{_ROOT}/step", f"{_ROOT}/notice"
 # A collective has failed somewhere, so somebody is gone: this many missed beats tell who.
 _BEATS_IN_ALARM = 5
+_EXPLAINING, _EXPLAINED = f"{_ROOT}/explaining", f"{_ROOT}/explained"
+# Processes that fail in the same step do so within seconds; a step compiles within minutes.
+_UNTIL_EXPLAINING_MS, _UNTIL_EXPLAINED_MS = 15_000, 900_000
 _LEFT = "left"
 _STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|ABORTED): ")
 
@@ -79,6 +82,24 @@ def watching(timeout: float, checkpoints: Path) -> Iterator[None]:
         raise
     finally:
         _active = None
+
+
+@contextlib.contextmanager
+def explaining() -> Iterator[None]:
+    """For an error that all processes are likely to meet at once: the body of process 0 may take its time
+    to say why, and the others wait for it on their way out.
+
+    Without that, the first to end would end the rest, by way of the watch or of whoever started them.
+    """
+    watch = _active
+    if watch is None:
+        yield
+        return
+    watch.explain_first()
+    try:
+        yield
+    finally:
+        watch.await_explanation()
 
 
 class Watch:
@@ -145,6 +166,27 @@ class Watch:
         """Tells the others that this process ends, and why."""
         self._notice("end", f"process {self._index} (host {self._host}) {what}")
         self._stopped.set()
+
+    def explain_first(self) -> None:
+        """From here on nobody else's end ends this process; process 0 says that it is explaining."""
+        self._ending.acquire(blocking=False)
+        if self._index == 0:
+            self._say(_EXPLAINING)
+
+    def await_explanation(self) -> None:
+        """Process 0 says that it is done; the others wait for that, if it has begun."""
+        if self._index == 0:
+            self._say(_EXPLAINED)
+            return
+        with contextlib.suppress(
+            jax.errors.JaxRuntimeError
+        ):  # it has met no such error, or is gone
+            self._client.blocking_key_value_get(_EXPLAINING, _UNTIL_EXPLAINING_MS)
+            self._client.blocking_key_value_get(_EXPLAINED, _UNTIL_EXPLAINED_MS)
+
+    def _say(self, key: str) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is there to hear it
+            self._client.key_value_set(key, "")
 
     def wait_for_the_cause(self) -> None:
         """Returns if after all nobody is lost; else this process ends in here."""
@@ -283,8 +325,10 @@ def _newest_step(checkpoints: Path) -> int | None:
 def _from_a_collective(error: BaseException) -> bool:
     """Whether a lost process can be behind this error; out of memory is one's own fault."""
     while error is not None:
-        # Some of jax's runtime errors arrive as a ValueError: their status code tells.
-        if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error)):
+        # Some of jax's runtime errors arrive as a ValueError: their status code tells. Other libraries
+        # use the same codes.
+        is_jaxs = isinstance(error, ValueError) and _STATUS.match(str(error))
+        if isinstance(error, jax.errors.JaxRuntimeError) or is_jaxs:
             return "RESOURCE_EXHAUSTED" not in str(error)
         error = error.__cause__ or error.__context__
     return False

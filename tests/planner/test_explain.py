@@ -105,17 +105,24 @@ def test_a_step_that_fits_is_not_blamed(run, capfd):
     assert "largest arrays at the peak" in capfd.readouterr().err
 
 
-def test_a_compiler_that_cannot_say(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (RunError("the compiler failed: no memory"), "the compiler failed: no memory"),
+        (KeyError("fusion.12"), "KeyError: 'fusion.12'"),
+        (ValueError(), "ValueError: ValueError"),
+    ],
+)
+def test_a_compiler_that_cannot_say(run, monkeypatch, failure, said):
     def fail(*_):
-        raise RunError("the compiler failed: no memory")
+        raise failure
 
     monkeypatch.setattr(explain, "plan_here", fail)
     error = jax.errors.JaxRuntimeError(
         "RESOURCE_EXHAUSTED: Out of memory allocating 3221225472 bytes."
     )
     assert str(explain.out_of_memory(error, run)) == (
-        "out of device memory: allocating 3.00 GiB (the compiler could not say why: "
-        "the compiler failed: no memory)"
+        f"out of device memory: allocating 3.00 GiB (the compiler could not say why: {said})"
     )
 
 

@@ -156,7 +156,7 @@ from jax.experimental import multihost_utils
 from llm_jax.core.flags import RunError, run_entry
 from llm_jax.sharding.distributed import start_distributed
 from llm_jax.training.guard import StopRequest
-from llm_jax.training.peers import watching
+from llm_jax.training.peers import explaining, watching
 
 def main():
     start_distributed(peer_timeout=4.0)
@@ -238,6 +238,19 @@ def test_an_error_that_a_lost_process_caused_names_that_process(script):
     assert "could not be written" not in text
 
 
+def test_an_error_of_another_library_is_not_blamed_on_a_peer(script):
+    job = script(2, """
+        if index == 1:
+            try:
+                raise RuntimeError("INTERNAL: src/trainer_interface.cc(638) Vocabulary size is smaller")
+            except RuntimeError as error:
+                raise RunError("sentencepiece cannot train 300 pieces") from error
+        time.sleep(30)
+    """)  # fmt: skip
+    assert job.finish(40) == [PEER_LOST, 1], job.text()
+    assert "error: sentencepiece cannot train 300 pieces" in job.outputs[1].read_text()
+
+
 def test_an_error_of_ones_own_device_is_not_blamed_on_a_peer(script):
     job = script(2, """
         if index == 1:
@@ -246,6 +259,33 @@ def test_an_error_of_ones_own_device_is_not_blamed_on_a_peer(script):
     """)  # fmt: skip
     assert job.finish(40) == [PEER_LOST, 1], job.text()
     assert "ended: RESOURCE_EXHAUSTED: out of memory" in job.outputs[0].read_text()
+
+
+def test_the_others_wait_for_process_0_to_explain(script):
+    """As when all run out of memory in one step, and a compiler is to say why."""
+    job = script(3, """
+        with explaining():
+            if index == 0:
+                time.sleep(6)  # longer than silence is allowed to last
+                print("because", flush=True)
+        raise RunError("out of device memory")
+    """)  # fmt: skip
+    assert job.finish(40) == [1, 1, 1], job.text()
+    outputs = [output.read_text() for output in job.outputs]
+    assert "because" in outputs[0]
+    assert all("error: out of device memory" in text for text in outputs), job.text()
+
+
+def test_nobody_waits_for_an_explanation_that_does_not_come(script):
+    job = script(2, """
+        if index == 1:
+            with explaining():
+                pass
+            raise RunError("out of device memory")
+        time.sleep(40)
+    """)  # fmt: skip
+    assert job.finish(40) == [PEER_LOST, 1], job.text()
+    assert "ended: out of device memory" in job.outputs[0].read_text()
 
 
 def test_a_coordinator_that_stops_answering_is_named(script):
