@@ -3,12 +3,15 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm_jax.core.config import ConfigError, nearest
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class RunError(RuntimeError):
@@ -68,6 +71,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 def run_entry(main: Callable[[], None]) -> None:
     """Runs an entry point; what a user caused ends in one line and exit status 1, not a traceback.
 
+    Ctrl-C ends it with INTERRUPTED.
+
     A ValueError counts as the user's when this package raised it. LLM_JAX_TRACEBACK=1 shows all.
     """
     show_all = os.environ.get("LLM_JAX_TRACEBACK")
@@ -77,7 +82,8 @@ def run_entry(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped")
+        print("stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output went away (`... | head`); keep the exit silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,13 +22,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
-from llm_jax.planner.compiled import CompiledStep
+from llm_jax.planner.compiled import CompiledStep, is_saved
 from llm_jax.planner.topology import ENVIRONMENT, libtpu_version, parse_target
 
 # The files of a worker's folder.
@@ -35,6 +36,8 @@ REQUEST, ANSWER, STEP, LOG = "request.json", "answer.json", "step", "log.txt"
 KEPT, DAY, UNFINISHED = 200, 86_400, ".compiling-"
 
 CompileError = ConfigError | RunError
+
+_FAILURE = re.compile(r"Check failed|^F\d{4}|^[\w.]*(Error|Exception)\b|Fatal Python error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,22 +87,21 @@ def compile_step(
         if cache is None:
             return CompiledStep.load(folder / STEP)
         step = _remember(cache, first, answer["key"], folder / STEP)
-        # Configs that differ in what is no part of the program share an answer.
-        return dataclasses.replace(step, config=request.config)
+    if step is None:  # the worker saw it there, and another process has tidied it away since
+        return compile_step(request, stop=stop)
+    # Configs that differ in what is no part of the program share an answer, not the speed of a machine.
+    measured = answer.get("measured", step.measured)
+    return dataclasses.replace(step, config=request.config, measured=measured)
 
 
 def compile_many(
     requests: Sequence[Request],
     jobs: int = 2,
     cache: Path | None = None,
-    on_done: Callable[[Request, "CompiledStep | CompileError"], None] | None = None,
 ) -> "Iterator[tuple[Request, CompiledStep | CompileError]]":
     """Compiles `jobs` at a time; yields each as it ends, failures too.
 
     Leaving the iterator early, by an exception such as Ctrl-C or by closing it, kills what still runs.
-
-    Args:
-      on_done: called with each before it is yielded.
     """
     stop = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(max(1, jobs), "compile")
@@ -109,10 +111,7 @@ def compile_many(
             request, error = waiting[future], future.exception()
             if error is not None and not isinstance(error, CompileError):
                 raise error
-            result = future.result() if error is None else error
-            if on_done is not None:
-                on_done(request, result)
-            yield request, result
+            yield request, future.result() if error is None else error
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -135,7 +134,7 @@ def _check(target: str) -> None:
         libtpu_version()
 
 
-def _run_worker(folder: Path, target: str, stop: threading.Event) -> dict[str, str]:
+def _run_worker(folder: Path, target: str, stop: threading.Event) -> dict[str, Any]:
     """The worker's answer; no log line of the compiler passes through.
 
     Raises:
@@ -180,7 +179,9 @@ def _crash(log: Path, target: str, status: int) -> str:
     if status == -signal.SIGKILL:
         return f"compiling for {target} was killed: probably this machine ran out of memory; log: {kept}"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else f"exit status {status}"
+    # After the line that says what failed, C++ prints its stack.
+    saying = [line for line in lines if _FAILURE.search(line)] or lines
+    last = saying[-1].strip() if saying else f"exit status {status}"
     return f"compiling for {target} failed: {last[:300]}; log: {kept}"
 
 
@@ -192,7 +193,7 @@ def _environment(target: str) -> dict[str, str]:
     # An answer from jax's own cache comes without the compiler's dumps.
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if target != "local":
-        for variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        for variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "LLM_JAX_XLA_FLAGS"):
             environment.pop(variable, None)
         environment |= {**ENVIRONMENT, "JAX_PLATFORMS": "cpu"}
     return environment
@@ -202,7 +203,8 @@ def _request_key(request: Request) -> str | None:
     """None for the devices at hand, of which nothing is known without starting jax."""
     if request.target == "local":
         return None
-    about = [dataclasses.asdict(request), versions(request.target), _sources()]
+    lowers = {name: importlib.metadata.version(name) for name in ("flax", "optax")}
+    about = [dataclasses.asdict(request), versions(request.target), lowers, _sources()]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -227,14 +229,22 @@ def _recall(cache: Path | None, first: str | None) -> CompiledStep | None:
     return step
 
 
-def _remember(cache: Path, first: str | None, key: str, made: Path) -> CompiledStep:
-    """Moves a new answer into the cache. Others may write there too: a whole folder appears at once."""
+def _remember(cache: Path, first: str | None, key: str, made: Path) -> CompiledStep | None:
+    """Moves a new answer into the cache. Others may write there too: a whole folder appears at once.
+
+    Returns None where there is neither a new answer nor one in the cache.
+    """
     folder = cache / key
     if made.is_dir():
+        if not is_saved(folder):  # nothing, or what was left of a folder
+            shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # someone was faster
             made.rename(folder)
-    step = CompiledStep.load(folder)
-    os.utime(folder)
+    try:
+        step = CompiledStep.load(folder)
+        os.utime(folder)
+    except FileNotFoundError:
+        return None
     if first is not None:
         part = made.parent / "key"
         part.write_text(key)

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from llm_jax.core.config import ConfigError, nearest
+from llm_jax.core.config import ConfigError
 from llm_jax.planner.chips import CHIPS, Chip
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llm_jax.sharding.mesh import MeshConfig
+
+# As Google Cloud and libtpu call them elsewhere.
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "ironwood": "tpu7x"}
+MOST_CHIPS = 2**17
 
 Shape = tuple[int, int, int]
 Wrap = tuple[bool, bool, bool]
@@ -152,6 +156,7 @@ def parse_target(name: str) -> Target:
             f"topology {name!r}: expected GPUs of a host, 1 to {chip.largest}, or whole hosts; "
             f"the nearest is {chip.name}-{whole}"
         )
+    _check_size(name, hosts * gpus)
     return Target(name, "gpu", chip, hosts * gpus, hosts * max(1, more))
 
 
@@ -178,8 +183,12 @@ def parse_slices(name: str) -> Slices:
 
 
 def _by_likeness(word: str) -> list[str]:
-    ratio = lambda known: difflib.SequenceMatcher(None, word.lower(), known).ratio()  # noqa: E731
-    return sorted((*CHIPS, "local"), key=ratio, reverse=True)
+    """The known names; one that begins alike, as generations of one maker do, comes before another."""
+    word = word.lower()
+    likeness = lambda known: (
+        difflib.SequenceMatcher(None, word, known).ratio() + 0.3 * (word[:1] == known[0])
+    )
+    return sorted((*CHIPS, "local"), key=likeness, reverse=True)
 
 
 def parse_name(name: str) -> tuple[Chip, Shape, int]:
@@ -196,11 +205,12 @@ def parse_name(name: str) -> tuple[Chip, Shape, int]:
             f"{', '.join(_by_likeness(name))}"
         )
     slices, generation, chips, dimensions = found.groups()
-    chip = CHIPS.get(generation)
+    chip = CHIPS.get(ALIASES.get(generation, generation))
     if chip is None:
+        known = _by_likeness(generation)
         raise ConfigError(
-            f"topology {name!r}: unknown generation {generation!r}{nearest(generation, CHIPS)}; "
-            f"nearest first: {', '.join(_by_likeness(generation))}"
+            f"topology {name!r}: unknown generation {generation!r}, did you mean {known[0]!r}? "
+            f"known, nearest first: {', '.join(known)}"
         )
     if chip.kind != "tpu":
         raise ConfigError(
@@ -208,9 +218,17 @@ def parse_name(name: str) -> tuple[Chip, Shape, int]:
         )
     slices = int(slices or 1)
     if chips is None:
-        return chip, _checked_shape(chip, dimensions, name), slices
-    shape, more = _shape_of(chip, int(chips), name)
-    return chip, shape, slices * more
+        shape = _checked_shape(chip, dimensions, name)
+    else:
+        shape, more = _shape_of(chip, int(chips), name)
+        slices *= more
+    _check_size(name, slices * math.prod(shape))
+    return chip, shape, slices
+
+
+def _check_size(name: str, chips: int) -> None:
+    if chips > MOST_CHIPS:
+        raise ConfigError(f"topology {name!r}: {chips:,} chips; at most {MOST_CHIPS:,}")
 
 
 def wrap_of(chip: Chip, shape: Shape) -> Wrap:

@@ -26,13 +26,12 @@ from jax.sharding import Mesh
 
 from llm_jax.core.config import ConfigError, to_dict
 from llm_jax.core.flags import RunError
-from llm_jax.metrics.throughput import transformer_flops
-from llm_jax.planner import compiled, layout, topology
+from llm_jax.metrics import throughput
+from llm_jax.planner import chips, compiled, layout, rates, topology
 from llm_jax.planner.chips import device_memory, find_chip
 from llm_jax.planner.compile import ANSWER, REQUEST, STEP, Request, versions
 from llm_jax.planner.compiled import CompiledStep, MemoryAnalysis, OutOfMemory
 from llm_jax.planner.layout import arguments_of, mesh_axes
-from llm_jax.planner.rates import measure_rates
 from llm_jax.sharding import xla_flags
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.training.config import RunConfig, resolve
@@ -50,7 +49,7 @@ def main() -> None:
         if not isinstance(error, ConfigError | RunError) and not _raised_here(error):
             raise
         kind = "run" if isinstance(error, RunError) else "config"
-        answer = {"kind": kind, "message": str(error).splitlines()[0]}
+        answer = {"kind": kind, "message": first_line(error)}
     (folder / ANSWER).write_text(json.dumps(answer))
 
 
@@ -64,8 +63,16 @@ def _raised_here(error: Exception) -> bool:
     return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(package)
 
 
-def _answer(request: Request, folder: Path, cache: Path | None) -> dict[str, str]:
-    """The key of the step in the cache; {"kind": "step"} says that it is there or in the folder."""
+def first_line(error: Exception) -> str:
+    """What an error says, or its name if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _answer(request: Request, folder: Path, cache: Path | None) -> dict[str, Any]:
+    """The key of the step in the cache; {"kind": "step"} says that it is there or in the folder.
+
+    With "measured", where the step in the cache may have been timed on another day.
+    """
     run = resolve(request.config)
     if request.target == "local":
         xla_flags.apply()
@@ -77,9 +84,11 @@ def _answer(request: Request, folder: Path, cache: Path | None) -> dict[str, str
     lowered = program.lower()
     seconds = time.perf_counter() - start
     key = _key(lowered, request, mesh)
-    if cache is None or not (cache / key).is_dir():
-        step = _compile(lowered, program, run, request, folder / "dumps", seconds)
-        step.save(folder / STEP)
+    if cache is not None and compiled.is_saved(cache / key):
+        known = {"measured": _measured(mesh.devices.flat[0], run, request.target)}
+        return {"kind": "step", "key": key, **known}
+    step = _compile(lowered, program, run, request, folder / "dumps", seconds)
+    step.save(folder / STEP)
     return {"kind": "step", "key": key}
 
 
@@ -91,11 +100,14 @@ def _key(lowered: jax.stages.Lowered, request: Request, mesh: Mesh) -> str:
         "options": _options(request),
         "versions": versions(request.target),
         "device": f"{mesh.size} {device.device_kind}",
+        "memory": device_memory(device),
+        "compiler": device.client.platform_version if request.target == "local" else "",
         "flags": [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        "step_options": xla_flags.device_options(device.device_kind),
         "axes": dict(mesh.shape),
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for module in (compiled, layout, topology, sys.modules[__name__]):
+    for module in (compiled, layout, topology, chips, rates, throughput, sys.modules[__name__]):
         digest.update(Path(module.__file__).read_bytes())
     digest.update(lowered.as_text(debug_info=True).encode())
     return digest.hexdigest()[:32]
@@ -159,15 +171,17 @@ def _compile(
         live_ranges=_dump(dumps, "after_optimizations-live-range.txt"),
         device_kind=device.device_kind,
         device_memory=device_memory(device),
-        measured=_measured(device, run) if request.target == "local" else {},
+        measured=_measured(device, run, request.target),
     )
 
 
-def _measured(device: jax.Device, run: RunConfig) -> Mapping[str, float]:
+def _measured(device: jax.Device, run: RunConfig, target: str) -> Mapping[str, float]:
+    if target != "local":
+        return {}
     chip = find_chip(device)
     if chip.peak_flops and chip.hbm_bytes_per_second:
         return {}
-    return measure_rates(device, run.train.compute_dtype)
+    return rates.measure_rates(device, run.train.compute_dtype)
 
 
 def _options(request: Request) -> dict[str, Any]:
@@ -203,7 +217,7 @@ def _out_of_memory(error: Exception, dumps: Path) -> OutOfMemory:
       RunError: it is another failure than too little device memory.
     """
     text = str(error)
-    line = text.splitlines()[0]
+    line = first_line(error)
     found = next(filter(None, (re.search(pattern, text) for pattern in _SIZES)), None)
     if "RESOURCE_EXHAUSTED" not in text or found is None:
         raise RunError(f"the compiler failed: {line}") from None
@@ -255,7 +269,7 @@ def _model_flops(run: RunConfig) -> dict[str, float]:
     if not hasattr(run.model, "flops_sizes"):
         return {}
     return {
-        name: transformer_flops(
+        name: throughput.transformer_flops(
             **run.model.flops_sizes(),
             sequence_length=run.data.sequence_length,
             causal_half=causal_half,

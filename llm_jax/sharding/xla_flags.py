@@ -2,8 +2,9 @@
 
 They are set before jax starts its backends, in the variables that XLA reads: LIBTPU_INIT_ARGS for a
 TPU, XLA_FLAGS for a GPU. What the user has set there wins, flag by flag; LLM_JAX_XLA_FLAGS=off leaves
-both variables alone. On the way a machine without a TPU is told not to look for one. XLA aborts a process that gives it a flag it does not know, so the tests hand
-every flag to the compilers that are installed.
+both variables alone. On the way a machine without a TPU is told not to look for one. XLA aborts a
+process that gives it a flag it does not know, so the tests hand every flag to the compilers that are
+installed.
 
 The table is short on purpose. Most flags that circulate are the default by now or do nothing for
 this program; docs/xla_flags.md says which were tried and left out.
@@ -178,12 +179,12 @@ def apply(
     switch = environment.get("LLM_JAX_XLA_FLAGS", "on")
     if switch not in ("on", "off"):
         raise ValueError(f"LLM_JAX_XLA_FLAGS={switch}: expected on or off")
-    if switch == "off":
-        return ()
     if platform is None:
         platform = guess_platform(environment, devices)
         if platform != "tpu" and "JAX_PLATFORMS" not in environment and _installed("libtpu"):
             _name_platforms(platform, environment, devices)
+    if switch == "off":
+        return ()
     mine, variable = _of(platform), VARIABLES[platform]
     given = environment.get(variable, "").split()
     named = {flag.lstrip("-").partition("=")[0] for flag in given}

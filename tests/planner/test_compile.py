@@ -63,19 +63,20 @@ def parameter_names(hlo):
     return [by_number[number] for number in sorted(by_number)]
 
 
+ARGUMENT = Argument(
+    "params.w", "state.params['w']", "parameter", (4, 8), "float32", (("data", "fsdp"), ()), (1, 8), 32,
+)  # fmt: skip
+STEP = CompiledStep(
+    "v5p:2x2x1", {"train": {"batch_size": 4}}, (MeshAxis("fsdp", 4, (Span("link", 0, 4, True),)),),
+    (ARGUMENT,), 32, 1024, {"full": 1.5}, {"lower": 0.5}, 7, {"jax": "1"},
+    MemoryAnalysis(1, 2, 3, 4, 5, None), OutOfMemory(2, 1, "no"), "HloModule", "buffers", "ranges",
+    "TPU v5", 99,
+)  # fmt: skip
+
+
 def test_a_step_comes_back_from_its_folder_as_it_was(tmp_path):
-    argument = Argument(
-        "params.w", "state.params['w']", "parameter", (4, 8), "float32", (("data", "fsdp"), ()),
-        (1, 8), 32,
-    )  # fmt: skip
-    step = CompiledStep(
-        "v5p:2x2x1", {"train": {"batch_size": 4}}, (MeshAxis("fsdp", 4, (Span("link", 0, 4, True),)),),
-        (argument,), 32, 1024, {"full": 1.5}, {"lower": 0.5}, 7, {"jax": "1"},
-        MemoryAnalysis(1, 2, 3, 4, 5, None), OutOfMemory(2, 1, "no"), "HloModule", "buffers", "ranges",
-        "TPU v5", 99,
-    )  # fmt: skip
-    step.save(tmp_path / "step")
-    assert CompiledStep.load(tmp_path / "step") == step
+    STEP.save(tmp_path / "step")
+    assert CompiledStep.load(tmp_path / "step") == STEP
     (tmp_path / "step" / "step.json").unlink()
     with pytest.raises(FileNotFoundError):
         CompiledStep.load(tmp_path / "step")
@@ -218,6 +219,11 @@ def test_a_crash_says_its_last_line_and_where_the_log_is(worker, tmp_path, monke
         compile_step(LOCAL)
     log = str(caught.value).rpartition("log: ")[2]
     assert Path(log).read_text() == "first\nCheck failed: a > b\n"
+    worker(
+        "echo 'F0727 09:12 Check failed: a == b'; echo '    @ 0x55 main'; echo 'https://x/?trace=1'"
+    )
+    with pytest.raises(RunError, match="local failed: F0727 09:12 Check failed: a == b; log: "):
+        compile_step(LOCAL)
     worker("kill -9 $$")
     with pytest.raises(RunError, match="ran out of memory"):
         compile_step(LOCAL)
@@ -237,14 +243,13 @@ def test_stopping_kills_the_compiler_and_leaves_nothing_in_the_cache(worker, tmp
 def test_leaving_many_early_kills_the_rest(worker, tmp_path):
     # The first to come fails at once, the others would run for a minute.
     worker(f"mkdir {tmp_path}/first && exit 1; echo $$ > {tmp_path}/$$.pid; sleep 60")
-    start, seen = time.perf_counter(), []
-    results = compile_many([LOCAL] * 4, jobs=2, on_done=lambda *done: seen.append(done))
+    start = time.perf_counter()
+    results = compile_many([LOCAL] * 4, jobs=2)
     request, result = next(results)
     while len(list(tmp_path.glob("*.pid"))) < 2:
         time.sleep(0.02)
     results.close()
     assert (request, type(result)) == (LOCAL, RunError)
-    assert seen == [(request, result)]
     assert time.perf_counter() - start < 30
     for file in tmp_path.glob("*.pid"):
         with pytest.raises(ProcessLookupError):
@@ -270,13 +275,39 @@ def test_the_cache_keeps_the_newest(tmp_path, monkeypatch):
     assert {f.name for f in tmp_path.glob("*.key")} == {"new.key", "newer.key"}
 
 
+def test_what_is_left_of_an_answer_is_made_again(tmp_path):
+    cache, made = tmp_path / "cache", tmp_path / "made"
+    (cache / "abc").mkdir(parents=True)
+    (cache / "abc" / "hlo.txt").write_text("half")
+    assert planner_compile._remember(cache, None, "abc", made) is None
+    STEP.save(made)
+    assert planner_compile._remember(cache, "first", "abc", made) == STEP
+    assert (cache / "first.key").read_text() == "abc"
+
+
+def test_the_memory_of_a_machine_and_its_compiler_are_part_of_the_key(monkeypatch):
+    run = resolve(CONFIG)
+    program = build_program(run, make_mesh(run.mesh))
+    lowered, keys = program.lower(), set()
+    key = lambda: planner_worker._key(lowered, LOCAL, program.mesh)  # noqa: E731
+    keys |= {key(), key()}
+    assert len(keys) == 1
+    monkeypatch.setattr(planner_worker, "device_memory", lambda _: 2**33)
+    keys.add(key())
+    monkeypatch.setattr(planner_worker.xla_flags, "device_options", lambda _: {"a": "1"})
+    keys.add(key())
+    assert len(keys) == 3
+
+
 def test_a_compiler_for_tpus_sees_nothing_of_this_machine(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_mine=1")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_mine=1")
+    monkeypatch.setenv("LLM_JAX_XLA_FLAGS", "off")
     away = planner_compile._environment("v5p-8")
     assert away["JAX_PLATFORMS"] == "cpu"
     assert "XLA_FLAGS" not in away
     assert "LIBTPU_INIT_ARGS" not in away
+    assert "LLM_JAX_XLA_FLAGS" not in away
     assert planner_compile._environment("local")["XLA_FLAGS"] == "--xla_mine=1"
 
 

@@ -45,6 +45,8 @@ def test_names(name, shape, slices, wraps):
         ("v5p:8x4x4", "nearest is v5p:4x4x8"),
         ("v6-16", "did you mean 'v6e'"),
         ("v9x-16", "nearest first: v"),
+        ("v4-8", "did you mean 'v5.'. known, nearest first: v5"),
+        ("99999999999xv5e-256", "25,599,999,999,744 chips; at most 131,072"),
         ("v5p", "expected generation and chips.*nearest first: v5p"),
         ("h100-8", "h100 is no TPU"),
         ("0xv5p-4", "expected generation and chips"),
@@ -54,6 +56,11 @@ def test_errors_are_one_line_and_name_what_works(name, says):
     with pytest.raises(ConfigError, match=says) as caught:
         parse_name(name)
     assert "\n" not in str(caught.value)
+
+
+def test_generations_go_by_their_other_names_too():
+    for name, chip in (("v5litepod-16", "v5e"), ("ironwood-64", "tpu7x")):
+        assert parse_target(name).chip.name == chip
 
 
 def test_every_nearest_slice_can_be_asked_for():
@@ -96,6 +103,7 @@ def test_targets(name, kind, chips, slices):
         ("h10-8", "did you mean 'h100'"),
         ("loca", "nearest first: local"),
         ("H100-8", "nearest first: h100, h200"),
+        ("99999999999xh100-8", "799,999,999,992 chips; at most 131,072"),
         ("v5p:4x4", "nearest is v5p:"),
     ],
 )

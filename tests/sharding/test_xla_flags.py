@@ -91,10 +91,14 @@ def test_flags_go_where_the_compiler_reads_them():
     assert environment == {}
 
 
-def test_they_can_be_switched_off():
+def test_they_can_be_switched_off(tmp_path, monkeypatch):
     environment = {"LLM_JAX_XLA_FLAGS": "off"}
     assert xla_flags.apply("gpu", environment) == ()
     assert "XLA_FLAGS" not in environment
+    apart = {"LLM_JAX_XLA_FLAGS": "off"}
+    monkeypatch.setattr(xla_flags, "_installed", lambda *_: True)
+    assert xla_flags.apply(None, apart, tmp_path) == ()
+    assert apart["JAX_PLATFORMS"] == "cpu", "libtpu is still told not to look for chips"
     with pytest.raises(ValueError, match="LLM_JAX_XLA_FLAGS=no: expected on or off"):
         xla_flags.apply("gpu", {"LLM_JAX_XLA_FLAGS": "no"})
 
