@@ -3,7 +3,8 @@ r"""Llama 3 70B, to the letter: 80 layers of width 8192, grouped queries, vocabu
 Purpose:  pretraining at 70 B (Grattafiori et al. 2024, table 3); exports to LlamaForCausalLM.
 Hardware: 256 or more TPU chips of any generation since v5e, or 128 or more GPUs of 80 GB: one row of 8192
           tokens at a time on each of 256 chips; raise train.accumulate_steps on fewer. The 16 GB of a v5e
-          need --config.model.remat=offload.
+          need, on 256 of them, --config.model.remat=offload --config.mesh.fsdp=128 --config.mesh.tensor=2
+          --config.train.accumulate_steps=8.
 Expect:   docs/planner.md has memory, step time and price on v5e, v5p, v6e and tpu7x; for your own slice:
           python -m llm_jax.plan --config configs/llama3_70b.py --topology v5p:8x8x8 --tokens 15t
 Command:  python -m llm_jax.train --config configs/llama3_70b.py --workdir /mnt/runs/llama3_70b \

@@ -47,26 +47,18 @@ class Served:
         return array_bytes(self.dtype, self.shape)
 
 
-def name_exchanges(roofline: Roofline, step: CompiledStep) -> Roofline:
+def name_exchanges(roofline: Roofline, namer: "Namer") -> Roofline:
     """The roofline with tensor and role of each exchange.
 
     Also the source and the direction, where the compiler merged or dropped what they are read from.
     """
-    named = name_all(roofline.exchanges, step)
+    named = tuple(namer.named(exchange) for exchange in roofline.exchanges)
     return dataclasses.replace(roofline, exchanges=named)
 
 
-def name_all(exchanges: Iterable[Exchange], step: CompiledStep) -> tuple[Exchange, ...]:
-    """The exchanges with tensor and role."""
-    namer = Namer(step)
-    return tuple(namer.named(exchange) for exchange in exchanges)
-
-
-def exchanges_of(step: CompiledStep) -> tuple[Exchange, ...]:
+def exchanges_of(namer: "Namer") -> tuple[Exchange, ...]:
     """The named exchanges of a step on devices whose links nobody knows, without seconds."""
-    sources = Sources(step.hlo)
-    graph = graph_of(step.hlo)
-    plain = []
+    step, graph, plain = namer.step, namer.graph, []
     for one in analyse(step.hlo).collectives:
         start = graph.nodes[graph.by_name[one.name]].instruction
         plain.append(
@@ -82,17 +74,18 @@ def exchanges_of(step: CompiledStep) -> tuple[Exchange, ...]:
                 tensor="",
                 role="other",
                 direction=direction_of(one.op_name),
-                source=sources.of_attributes(start.attributes),
+                source=namer.sources.of_attributes(start.attributes),
                 op_name=one.op_name,
             )
         )
-    return name_all(plain, step)
+    return tuple(namer.named(exchange) for exchange in plain)
 
 
 class Namer:
-    """Follows the collectives of one step."""
+    """Follows the collectives and the arguments of one step, which has a program's text."""
 
     def __init__(self, step: CompiledStep):
+        self.step = step
         self.graph: Graph = graph_of(step.hlo)
         self.sources = Sources(step.hlo)
         by_name = {argument.name: argument for argument in step.arguments}
@@ -144,22 +137,29 @@ class Namer:
         return self._known[name, op_name]
 
     def source_of(self, argument: Argument) -> str:
-        """The line where the forward pass first uses an argument, or else another that does."""
+        """The line where its module first uses an argument in the forward pass, or else another that does.
+
+        Of what the optimizer keeps for a parameter, the parameter's.
+        """
+        argument = self.parameters.get(self._parameter_of(argument), argument)
+        module = argument.path.split(".")[1:-1]
         numbers = [number for number, one in self.arguments.items() if one == argument]
         left = collections.deque((self.graph.parameters[self.graph.entry][n], ()) for n in numbers)
-        seen, elsewhere = set(left), ""
+        seen, forward, elsewhere = set(left), "", ""
         while left and len(seen) < 16 * MOST_STEPS:
             value = left.popleft()
             users = [user for user, _ in self.graph.users[value[0]]]
             for one in (self.graph.nodes[number].instruction for number in users):
                 place = self.sources.of_attributes(one.attributes)
-                if place and direction_of(one.op_name) == "forward":
-                    return place
                 elsewhere = elsewhere or place
+                if place and direction_of(one.op_name) == "forward":
+                    if module_of(one.op_name).split(".")[: len(module)] == module:
+                        return place
+                    forward = forward or place
             after = [one for one in self.graph.after(*value) if one not in seen]
             left.extend(after)
             seen.update(after)
-        return elsewhere
+        return forward or elsewhere
 
     def _serve(self, number: int, place: int) -> Served:
         node = self.graph.nodes[number]

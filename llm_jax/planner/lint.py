@@ -29,6 +29,7 @@ from llm_jax.planner import words
 from llm_jax.planner.collectives import Namer, exchanges_of
 from llm_jax.planner.compiled import Argument, CompiledStep
 from llm_jax.planner.hlo_text import Instruction, array_bytes
+from llm_jax.planner.memory import head_shapes, vocabulary_sizes
 from llm_jax.planner.plan import Exchange, Finding, Roofline
 from llm_jax.planner.source import module_of
 from llm_jax.sharding.rules import DEFAULT_RULES
@@ -37,9 +38,9 @@ MIB = 2**20
 # Bytes per device from which a replicated parameter, and any communication, is worth a word.
 LARGE_PARAMETER = 64 * MIB
 WORTH_A_WORD = MIB
-# Forward, rematerialized and backward. The compiler may gather again to save memory, and a mixture of
+# Forward, rematerialized and backward, and one that the compiler may add to save memory. A mixture of
 # experts has code for further rounds of its exchange, which seldom runs.
-MOST_GATHERS = 8
+MOST_GATHERS, MOST_GATHERS_OF_MIXTURE = 4, 8
 _SHARING = ("fsdp", "expert", "context", "tensor")
 # Primitives by which code asks for communication: the partitioner names its own after other ones.
 _EXPLICIT = {"all_gather", "all_to_all", "ppermute", "psum", "psum2", "psum_invariant", "pmax",
@@ -52,16 +53,15 @@ _NO_BUFFER = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", 
               "conditional", "opt-barrier", "after-all", "iota"}  # fmt: skip
 
 
-def lint(step: CompiledStep, roofline: Roofline | None) -> tuple[Finding, ...]:
+def lint(namer: Namer, roofline: Roofline | None) -> tuple[Finding, ...]:
     """What is accidental in a step, the most expensive first.
 
     Args:
+      namer: of the step.
       roofline: with named exchanges (collectives.name_exchanges); None where there is no time to tell,
         then the findings carry bytes alone.
     """
-    if not step.hlo:
-        return ()
-    facts = _Facts.of(step, roofline)
+    facts = _Facts(namer, exchanges_of(namer) if roofline is None else roofline.exchanges)
     findings = [
         *_whole_gathers(facts),
         *_repeated_gathers(facts),
@@ -75,20 +75,22 @@ def lint(step: CompiledStep, roofline: Roofline | None) -> tuple[Finding, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    step: CompiledStep
-    exchanges: tuple[Exchange, ...]
     namer: Namer
+    exchanges: tuple[Exchange, ...]
 
-    @classmethod
-    def of(cls, step: CompiledStep, roofline: Roofline | None) -> "_Facts":
-        namer = Namer(step)
-        if roofline is not None:
-            return cls(step, roofline.exchanges, namer)
-        return cls(step, exchanges_of(step), namer)
+    @property
+    def step(self) -> CompiledStep:
+        return self.namer.step
 
     @functools.cached_property
     def mesh(self) -> Mapping[str, int]:
         return {axis.name: axis.size for axis in self.step.mesh}
+
+    @functools.cached_property
+    def weights(self) -> frozenset[tuple[int, ...]]:
+        """Shapes of parameters, in order of size."""
+        whole = (a.shape for a in self.step.arguments if a.kind == "parameter")
+        return head_shapes(self.step) | {tuple(sorted(shape)) for shape in whole}
 
     def setting(self, section: str, key: str, default: Any) -> Any:
         return (self.step.config.get(section) or {}).get(key, default)
@@ -133,6 +135,8 @@ def _repeated_gathers(facts: _Facts) -> Iterator[Finding]:
     """Parameters gathered more often than passes need them."""
     if facts.mesh.get("pipeline", 1) > 1:  # each turn of a pipeline gathers its layers
         return
+    mixture = facts.setting("model", "experts", None) is not None
+    most = MOST_GATHERS_OF_MIXTURE if mixture else MOST_GATHERS
     gathered: dict[str, list] = collections.defaultdict(list)
     for exchange in facts.exchanges:
         for argument, shape, size in facts.parameters_of(exchange):
@@ -143,7 +147,7 @@ def _repeated_gathers(facts: _Facts) -> Iterator[Finding]:
         runs = sum(runs for _, _, runs, _ in gathers)
         per_pass = runs / (_stacked(argument) or 1) / facts.microbatches
         size = max(size for *_, size in gathers)
-        if per_pass <= MOST_GATHERS or size < WORTH_A_WORD:
+        if per_pass <= most or size < WORTH_A_WORD:
             continue
         worst = max((exchange for _, exchange, _, _ in gathers), key=lambda e: e.times)
         yield Finding(
@@ -263,8 +267,8 @@ def _belongs(facts: _Facts, exchange: Exchange) -> bool:
 
 def _logits(facts: _Facts) -> Iterator[Finding]:
     """Logits of all tokens of a microbatch in memory at once, where chunks would do."""
-    vocab = facts.setting("model", "vocab_size", 0)
-    limit = max(CHUNK_BYTES, MIN_CHUNK_TOKENS * vocab * 4)
+    share = min(vocabulary_sizes(facts.step), default=0)
+    limit = max(CHUNK_BYTES, MIN_CHUNK_TOKENS * share * 4)
     shares = math.prod(
         facts.mesh.get(a, 1) for a in ("data", "fsdp", "expert", "pipeline", "context")
     )
@@ -274,7 +278,7 @@ def _logits(facts: _Facts) -> Iterator[Finding]:
         for dtype, shape in one.shapes:
             size = array_bytes(dtype, shape)
             if size > max(limit, largest[0] if largest else 0) and _is_logits(
-                facts, one, dtype, shape, vocab, tokens
+                facts, one, dtype, shape, tokens
             ):
                 largest = size, f"{dtype}{list(shape)}", one
     if largest is None:
@@ -306,17 +310,16 @@ def _written(facts: _Facts) -> Iterator[Instruction]:
 
 
 def _is_logits(
-    facts: _Facts, one: Instruction, dtype: str, shape: Sequence[int], vocab: int, tokens: int
+    facts: _Facts, one: Instruction, dtype: str, shape: Sequence[int], tokens: int
 ) -> bool:
-    ids = [n for n in {vocab, vocab // facts.mesh.get("tensor", 1)} if n and n in shape]
-    if not ids or dtype not in ("f32", "bf16", "f16") or math.prod(shape) // max(ids) < tokens:
+    ids = vocabulary_sizes(facts.step).intersection(shape)
+    if not ids or dtype not in ("f32", "bf16", "f16") or math.prod(shape) // min(ids) < tokens:
         return False
     if module_of(one.op_name).split(".")[0] == "stack":  # as many tokens or features as words
         return False
-    sides = {tuple(sorted(n for n in shape if n > 1)), tuple(sorted((max(ids), tokens)))}
-    weights = {tuple(sorted(a.shape)) for a in facts.step.arguments if a.kind == "parameter"}
+    sides = {tuple(sorted(n for n in shape if n > 1)), tuple(sorted((min(ids), tokens)))}
     # As many tokens as the model is wide: only the einsum tells logits from the head's weights.
-    return not sides & weights or re.search(r"->\w*t\w*v", one.op_name) is not None
+    return not sides & facts.weights or re.search(r"->\w*t\w*v", one.op_name) is not None
 
 
 def _emulated_scatters(facts: _Facts) -> Iterator[Finding]:

@@ -5,13 +5,13 @@ import math
 
 from llm_jax.planner.advice import advise
 from llm_jax.planner.chips import chip_of
-from llm_jax.planner.collectives import name_exchanges
+from llm_jax.planner.collectives import Namer, name_exchanges
 from llm_jax.planner.compiled import CompiledStep
 from llm_jax.planner.cost import cost_of
 from llm_jax.planner.lint import lint
 from llm_jax.planner.logical import name_shapes
 from llm_jax.planner.memory import read_memory
-from llm_jax.planner.plan import Plan
+from llm_jax.planner.plan import Memory, Plan
 from llm_jax.planner.roofline import read_roofline
 from llm_jax.planner.topology import Target
 
@@ -31,13 +31,16 @@ def make_plan(
     """
     target = _resolved(target, step)
     chip = target.chip
+    namer = Namer(step) if step.hlo else None
     memory = read_memory(step, chip.hbm_bytes, target.devices_per_chip)
+    if namer is not None:
+        memory = _with_lines(memory, namer)
     roofline = read_roofline(step, chip)
     if roofline is not None:
-        roofline = name_exchanges(roofline, step)
+        roofline = name_exchanges(roofline, namer)
     memory, advice = advise(step, memory, roofline, chip.hbm_bytes)
     memory = name_shapes(memory, step)
-    findings = (*advice, *lint(step, roofline))
+    findings = advice if namer is None else (*advice, *lint(namer, roofline))
     # Of a program that was never finished there are no cycles: its communication can be looked at,
     # its time not told.
     timed = None if step.out_of_memory else roofline
@@ -63,6 +66,18 @@ def make_plan(
         return plan
     cost = cost_of(tokens, timed.tokens_per_second, target.num_chips, chip, price)
     return dataclasses.replace(plan, cost=cost)
+
+
+def _with_lines(memory: Memory, namer: Namer) -> Memory:
+    """Arguments are used somewhere, but made nowhere: they get the line of their first use."""
+    arguments = {argument.name: argument for argument in namer.step.arguments}
+    buffers = []
+    for buffer in memory.buffers:
+        argument = arguments.get(buffer.op_name) or namer.parameters.get(f"params.{buffer.module}")
+        if not buffer.source and argument is not None:
+            buffer = dataclasses.replace(buffer, source=namer.source_of(argument))
+        buffers.append(buffer)
+    return dataclasses.replace(memory, buffers=tuple(buffers))
 
 
 def _resolved(target: Target, step: CompiledStep) -> Target:

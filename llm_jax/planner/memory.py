@@ -83,6 +83,27 @@ def read_memory(step: CompiledStep, capacity: int, devices_per_chip: int = 1) ->
     )
 
 
+def vocabulary_sizes(step: CompiledStep) -> frozenset[int]:
+    """The whole vocabulary and a device's share of it; none of a model without words."""
+    vocabulary = step.config.get("model", {}).get("vocab_size")
+    if not vocabulary:
+        return frozenset()
+    tensor = next((axis.size for axis in step.mesh if axis.name == "tensor"), 1)
+    return frozenset({vocabulary, -(-vocabulary // tensor)})
+
+
+def head_shapes(step: CompiledStep) -> frozenset[tuple[int, ...]]:
+    """Shapes, in order of size, of parameters over the vocabulary: of all of it, and of a device's share."""
+    sizes = vocabulary_sizes(step)
+    whole = max(sizes, default=None)
+    return frozenset(
+        _plain((*(size for size in argument.shape if size != whole), share))
+        for argument in step.arguments
+        if argument.kind in ("parameter", "extra") and whole in argument.shape
+        for share in sizes
+    )
+
+
 def sharding_text(spec: Sequence[Sequence[str]]) -> str:
     """The mesh axes of each dimension, as in "[fsdp, -, data+tensor]"."""
     return f"[{', '.join('+'.join(axes) or '-' for axes in spec)}]"
@@ -205,14 +226,10 @@ class _Shapes:
     """Which arrays have the shape of a parameter, and which hold the vocabulary."""
 
     def __init__(self, step: CompiledStep):
-        model = step.config.get("model", {})
-        layers, vocabulary = model.get("num_layers"), model.get("vocab_size")
+        layers = step.config.get("model", {}).get("num_layers")
         sizes = {axis.name: axis.size for axis in step.mesh}
         self._shares: dict[tuple[int, ...], list[tuple[tuple[int, ...], Argument]]] = {}
-        self._vocabulary = (
-            {vocabulary, -(-vocabulary // sizes.get("tensor", 1))} if vocabulary else set()
-        )
-        self._heads: set[tuple[int, ...]] = set()
+        self._vocabulary, self._heads = vocabulary_sizes(step), head_shapes(step)
         self._named: dict[str, Argument] = {}
         for argument in step.arguments:
             if argument.kind not in ("parameter", "extra"):
@@ -220,9 +237,6 @@ class _Shapes:
             self._named[_path(argument)] = argument
             for shape in _shares(argument, sizes, layers):
                 self._shares.setdefault(_plain(shape), []).append((_squeezed(shape), argument))
-            if vocabulary in argument.shape:
-                rest = [size for size in argument.shape if size != vocabulary]
-                self._heads |= {_plain((*rest, share)) for share in self._vocabulary}
 
     def like(self, shape: tuple[int, ...], module: str = "") -> list[Argument]:
         """Parameters with arrays of this shape: in a module, if any are; in this order, if any are."""

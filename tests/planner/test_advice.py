@@ -1,14 +1,17 @@
 """What to change: the right key for each kind of array, valid, with the bytes that it saves."""
 
 import dataclasses
+import math
 
 import pytest
 
-from llm_jax.core.config import to_dict
+from llm_jax.core.config import set_override, to_dict
 from llm_jax.planner.advice import advise
 from llm_jax.planner.changes import changes_for
 from llm_jax.planner.compiled import Argument, CompiledStep, MeshAxis
+from llm_jax.planner.placement import place
 from llm_jax.planner.plan import LiveBuffer, Memory, Roofline
+from llm_jax.planner.topology import parse_target
 from llm_jax.sharding.mesh import AXES
 from llm_jax.training.config import RunConfig, resolve
 
@@ -32,13 +35,13 @@ def run_of(**sections) -> RunConfig:
 
 def step_of(run: RunConfig, sizes=None, target="v5p:2x2x1") -> CompiledStep:
     sizes = {"data": 4, **(sizes or {})}
-    shares = sizes["data"] * sizes.get("fsdp", 1) * sizes.get("expert", 1)
-    rows = run.train.batch_size // shares
+    shares = math.prod(sizes.get(name, 1) for name in ("data", "fsdp", "expert", "pipeline"))
+    rows, length = run.train.batch_size // shares, LENGTH // sizes.get("context", 1)
     arguments = (
         _argument("params.stack.layers.mlp.up", "parameter", (LAYERS, EMBED, WIDE)),
         Argument(
             "batch.tokens", "batch['tokens']", "batch", (run.train.batch_size, LENGTH), "int32",
-            (("data",), ()), (rows, LENGTH), rows * LENGTH * 4,
+            (("data",), ()), (rows, length), rows * length * 4,
         ),
     )  # fmt: skip
     return CompiledStep(
@@ -48,6 +51,14 @@ def step_of(run: RunConfig, sizes=None, target="v5p:2x2x1") -> CompiledStep:
         host_peak_bytes=0, versions={}, memory=None, out_of_memory=None, hlo="",
         buffer_assignment="", live_ranges="",
     )  # fmt: skip
+
+
+def laid_out(run: RunConfig, target: str) -> CompiledStep:
+    """The step on the mesh that training makes there."""
+    placement = place(run, parse_target(target))
+    step = step_of(run, {name: axis.size for name, axis in placement.axes.items()}, target)
+    (kind, *_) = placement.target.chip.device_kinds
+    return dataclasses.replace(step, mesh=tuple(placement.axes.values()), device_kind=kind)
 
 
 def _argument(path, kind, shape):
@@ -77,13 +88,7 @@ def applied(run: RunConfig, override: str) -> RunConfig:
     """The run with overrides, or the ConfigError that a user would see."""
     config = to_dict(run)
     for one in override.split():
-        key, _, value = one.partition("=")
-        *path, last = key.split(".")
-        section = config
-        for name in path:
-            section = section[name]
-        assert last in section, one
-        section[last] = int(value) if value.lstrip("-").isdigit() else value
+        set_override(config, one)
     return resolve(config)
 
 
@@ -184,15 +189,109 @@ def test_one_row_is_shared_by_two_devices():
     applied(run, change)
 
 
-def test_every_change_is_a_valid_config():
-    run = run_of(optimizer={"name": "adamw"})
-    buffers = (INPUT, RESULT, HIDDEN, buffer("optimizer", UP, "o.mu.up", "f32", UP))
-    changes = changes_for(step_of(run), buffers)
-    assert {key for change in changes for key in change.keys} >= {
-        "model.remat", "train.accumulate_steps", "mesh.fsdp", "optimizer.momentum_dtype"}  # fmt: skip
+MESHES = {
+    "one slice": ("v5e:4x4", {"data": 4, "fsdp": 4}),
+    "slices are copies": ("2xv5e-16", {"data": 1, "fsdp": -1}),
+    "copies within slices too": ("2xv5e-16", {"data": 4, "fsdp": -1}),
+    "slices share": ("2xv5e-16", {"data": 4, "fsdp": -1, "dcn": {"fsdp": -1}}),
+    "hosts are no slices": ("2xh100-8", {"data": 2, "fsdp": 8}),
+    "pipeline": ("v5e:4x4", {"pipeline": 2, "fsdp": -1, "tensor": 2}),
+    "pipeline, a row a piece": ("v5e:2x4", {"pipeline": 4, "fsdp": -1, "microbatches": 4}),
+    "pipeline over slices": ("2xv5e-8", {"data": 2, "fsdp": -1, "dcn": {"pipeline": 2}}),
+    "zero1": ("v5e:4x4", {"data": 4, "fsdp": -1, "rules": "zero1"}),
+    "embed in other shares too": ("v5e:8x16", {"data": 8, "fsdp": 8, "context": 2}),
+}
+
+
+def buffers_of(step: CompiledStep) -> tuple[LiveBuffer, ...]:
+    """Arrays of every kind that a change is made for."""
+    sizes = {axis.name: axis.size for axis in step.mesh}
+    rows, length = step.arguments[-1].shard_shape
+    vocabulary = 512 // sizes["tensor"]
+    state = [buffer(part, UP, f"{part}.mu.up", "f32", UP)
+             for part in ("parameters", "gradients", "optimizer")]  # fmt: skip
+    return (
+        buffer("temporaries", (rows, length, WIDE)),
+        buffer("activations", (LAYERS, rows, length, EMBED), "stack.layers"),
+        buffer("gradients", (EMBED, vocabulary), "head", "f32", (EMBED, vocabulary)),
+        *state,
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("name", MESHES)
+def test_training_accepts_every_change(name, batch):
+    """batch: rows of each device."""
+    target, mesh = MESHES[name]
+    devices = parse_target(target).num_chips
+    if "microbatches" in mesh:
+        mesh = {**mesh, "microbatches": batch * mesh["pipeline"]}
+    run = run_of(mesh=mesh, train={"batch_size": batch * devices}, model={"vocab_size": 512},
+                 optimizer={"name": "adamw"})  # fmt: skip
+    step = laid_out(run, target)
+    buffers = buffers_of(step)
+    changes = changes_for(step, buffers)
+    assert changes
     for change in changes:
-        applied(run, change.override)
+        place(applied(run, change.override), parse_target(target))
         assert 0 < change.total <= sum(b.bytes for b in buffers)
+
+
+def test_sizes_are_told_within_a_slice():
+    told = {
+        name: {c.override for c in changes_for(step, buffers_of(step)) if "mesh.data" in c.keys}
+        for name, (target, mesh) in MESHES.items()
+        for step in [laid_out(run_of(mesh=mesh, train={"batch_size": 128}), target)]
+    }
+    assert told["slices are copies"] == set(), "the copies are the slices themselves"
+    assert told["copies within slices too"] == {
+        "mesh.data=2 mesh.fsdp=8", "mesh.data=1 mesh.fsdp=16"}  # fmt: skip
+    assert told["slices share"] == told["copies within slices too"]
+    assert told["hosts are no slices"] == {"mesh.data=1 mesh.fsdp=16"}
+    assert told["embed in other shares too"] == {
+        "mesh.data=4 mesh.fsdp=16", "mesh.data=2 mesh.fsdp=32"}  # fmt: skip
+
+
+def test_under_zero1_shares_are_of_the_optimizer_and_default_rules_of_the_weights():
+    target, mesh = MESHES["zero1"]
+    step = laid_out(run_of(mesh=mesh), target)
+    experts = dataclasses.replace(
+        buffer("parameters", (LAYERS, 2, EMBED, WIDE), "experts", "f32", (LAYERS, 4, EMBED, WIDE)),
+        sharding="[-, expert, -, -]",
+    )
+    memory, _ = advise(step, memory_of(experts, *buffers_of(step)), None, 2**40)
+    found = {(b.part, b.module): (b.change, b.saves) for b in memory.buffers if b.part != "batch"}
+    size = LAYERS * EMBED * WIDE * 4
+    for part in ("parameters", "gradients"):
+        assert found[part, f"{part}.mu.up"] == ("mesh.rules=default", size - size // 4)
+    assert found["optimizer", "optimizer.mu.up"] == ("mesh.data=2 mesh.fsdp=8", size // 2)
+    assert found["parameters", "experts"] == ("mesh.rules=default", experts.bytes * 3 // 4)
+    axes = {"data": 4, "fsdp": 2, "expert": 2}
+    (change,) = (
+        c for c in changes_for(step_of(run_of(mesh=mesh), axes), (experts,))
+        if c.override == "mesh.rules=default"
+    )  # fmt: skip
+    assert change.saves == (experts.bytes // 2,), "its experts are in shares already"
+
+
+def test_a_pipeline_keeps_what_all_its_turns_make():
+    mesh = {"pipeline": 2, "fsdp": -1, "microbatches": 8}
+    run = run_of(mesh=mesh, model={"remat": "attention"})
+    step = laid_out(run, "v5e:2x2")
+    rows, turns, layers = 64 // 2 // 8, 8 + 2 - 1, LAYERS // 2
+    stack = (turns, layers, 1, 1, rows, LENGTH)
+    one = buffer("activations", (*stack, EMBED), "stack.layers")
+    result = buffer("activations", (*stack, 4, 24), "stack.layers.attention")
+    between = buffer("activations", (1, 1, 8, rows, LENGTH, EMBED), "stack")
+    saves = {c.override: c.saves for c in changes_for(step, (one, result, between))}
+    assert saves["model.remat=full"] == (0, result.bytes, 0)
+    assert "model.remat=offload" not in saves, "libtpu fails on it"
+    assert saves["train.accumulate_steps=4"] == tuple(
+        b.bytes * 3 // 4 for b in (one, result, between)
+    )
+    left = 5 / 9 / 4  # in turns and in rows of each
+    assert saves["train.accumulate_steps=8 mesh.microbatches=4"] == (
+        int(one.bytes * (1 - left)), int(result.bytes * (1 - left)), between.bytes * 7 // 8)  # fmt: skip
 
 
 def test_a_first_sum_of_gradients_costs_its_memory():

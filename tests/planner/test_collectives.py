@@ -140,7 +140,7 @@ def tpu_step():
 
 
 def test_forms_of_the_tpu_compilers(tpu_step):
-    named = {e.name: (e.tensor, e.role, e.direction) for e in exchanges_of(tpu_step)}
+    named = {e.name: (e.tensor, e.role, e.direction) for e in exchanges_of(Namer(tpu_step))}
     assert named == {
         "collective-start.1": (UP, "parameter", "forward"),
         "all-to-all.1": ("stack.layers.attention", "activation", "forward"),
@@ -166,7 +166,7 @@ def test_a_gradient_is_told_by_its_shape_where_the_way_ends(tpu_step):
                       "%up.1 = f32[3,16,8]{2,1,0} custom-call(%up, %gradients), custom_call_target=\"update\"")  # fmt: skip
     cut = cut.replace("add(%up_mu, %gradients)", "negate(%up_mu)")
     step = dataclasses.replace(tpu_step, hlo=cut)
-    named = {e.name: (e.tensor, e.role) for e in exchanges_of(step)}
+    named = {e.name: (e.tensor, e.role) for e in exchanges_of(Namer(step))}
     assert named["call-start.1"] == (UP, "gradient")
 
 
@@ -176,13 +176,31 @@ def test_an_unknown_instruction_is_named_by_its_source(tpu_step):
         "jit(step)/jvp(embed)/gather",
     )  # fmt: skip
     roofline = Roofline(1.0, {}, (), (plain,), 1.0, None, 1.0, None, None, 1.0, 0.0)
-    (named,) = name_exchanges(roofline, tpu_step).exchanges
+    (named,) = name_exchanges(roofline, Namer(tpu_step)).exchanges
     assert (named.tensor, named.role) == ("embed", "other")
+
+
+def test_a_moment_has_the_line_of_its_parameter(tpu_step):
+    used = 'metadata={op_name="jit(step)/jvp(stack)/while/body/layers/mlp/mul" stack_frame_id=1}'
+    tables = (
+        'FileNames\n1 "/home/llm_jax/nn/mlp.py"\n\nFunctionNames\n1 "up"\n\nFileLocations\n'
+        "1 {file_name_id=1 function_name_id=1 line=7 end_line=7 column=1 end_column=2}\n\n"
+        "StackFrames\n1 {file_location_id=1 parent_frame_id=1}\n\n"
+    )
+    head, rest = TPU.split("\n", 1)
+    text = rest.replace(
+        "bf16[16,8]{1,0} convert(%bitcast.2)", f"bf16[16,8]{{1,0}} convert(%bitcast.2), {used}"
+    )
+    namer = Namer(dataclasses.replace(tpu_step, hlo=f"{head}\n\n{tables}{text}"))
+    up, norm, moment, _ = tpu_step.arguments
+    assert namer.source_of(moment) == namer.source_of(up) == "llm_jax/nn/mlp.py:7"
+    assert namer.source_of(norm) == ""
 
 
 def test_every_parameter_in_shares_is_gathered_and_every_gradient_reduced():
     step = compile_small({"fsdp": 4, "tensor": 2})
-    exchanges, namer = exchanges_of(step), Namer(step)
+    namer = Namer(step)
+    exchanges = exchanges_of(namer)
     served = {
         role: {
             one.name

@@ -11,7 +11,9 @@ import pytest
 from llm_jax.nn.losses import logits_loss
 from llm_jax.planner.buffers import parse_layout
 from llm_jax.planner.compiled import CompiledStep, OutOfMemory
+from llm_jax.planner.make import make_plan
 from llm_jax.planner.memory import read_memory
+from llm_jax.planner.topology import parse_target
 from llm_jax.planner.worker import compile_here
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.training.config import resolve
@@ -84,6 +86,21 @@ def test_every_parameter_is_a_buffer_with_its_path_and_sharding(compiled, name):
         assert buffer.dtype == "f32"
     up = next(b for b in buffers if b.module == "stack.layers.mlp.up")
     assert up.sharding == ("[-, fsdp, tensor]" if name == "shares" else "[-, -, -]")
+
+
+@pytest.mark.parametrize("name", ["one", "shares", "microbatches"])
+def test_each_of_the_largest_has_its_module_and_its_line(compiled, name):
+    buffers = make_plan(compiled(name), parse_target("local")).memory.buffers
+    for buffer in buffers[:10]:
+        assert buffer.module
+        assert buffer.source.startswith("llm_jax/"), buffer
+    lines = {b.module: b.source for b in buffers if b.part in ("parameters", "optimizer")}
+    moments = {name: line for name, line in lines.items() if ".mu." in name or ".nu." in name}
+    assert len(moments) > 10
+    for moment, line in moments.items():
+        parameter = next(name for name in lines if moment.endswith((f".mu.{name}", f".nu.{name}")))
+        assert line == lines[parameter]
+    assert lines["stack.layers.mlp.up"].startswith("llm_jax/nn/mlp.py:")
 
 
 def test_what_the_layers_keep_is_found_and_follows_remat(compiled):
