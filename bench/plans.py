@@ -7,6 +7,7 @@ second time takes seconds. `--only gpt_1b` leaves out the rest.
 import argparse
 import itertools
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import measure
@@ -37,6 +38,10 @@ OVERRIDES = {
     ),
     ("llama3_70b", "tpu7x:4x8x8"): ("train.accumulate_steps=2",),
 }
+COLUMNS = (
+    "config", "tokens", "target", "mesh", "remat", "micro", "fits", "peak GiB", "step", "tok/s/chip",
+    "MFU", "bound", "days", "dollars",
+)  # fmt: skip
 
 
 def rows_of(config: str, jobs: int) -> tuple[list[dict[str, str]], list[dict]]:
@@ -54,15 +59,20 @@ def rows_of(config: str, jobs: int) -> tuple[list[dict[str, str]], list[dict]]:
         plans += answers.plans
     about = {"config": config, "tokens": tokens}
     rows = [about | row for row in words.ranking(plans)]
-    for row, plan in zip(rows, plans, strict=True):
-        row["compile"] = f"{plan.seconds['compile']:.0f} s"
-        row["host GiB"] = f"{plan.host_peak_bytes / 2**30:.1f}"
     figures = [
         {"config": config, "seconds": dict(p.seconds), "fits": p.fits, "peak": p.memory.peak,
-         "target": p.target, "step": p.roofline and p.roofline.step_seconds}
+         "target": p.target, "step": p.roofline and p.roofline.step_seconds,
+         "host_peak": p.host_peak_bytes}
         for p in plans
     ]  # fmt: skip
     return rows, figures
+
+
+def table_of(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    cells = [COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in rows)]
+    head, *lines = ["|" + "|".join(f" {cell} " for cell in line) + "|" for line in cells]
+    return [head, "|" + "---|" * len(COLUMNS), *lines]
 
 
 def main() -> None:
@@ -75,11 +85,8 @@ def main() -> None:
     for config in [flags.only] if flags.only else CASES:
         more, plans = rows_of(config, flags.jobs)
         rows, figures = rows + more, figures + plans
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    print("|" + "|".join(f" {name} " for name in columns) + "|")
-    print("|" + "---|" * len(columns))
-    for row in rows:
-        print("|" + "|".join(f" {row.get(name, '')} " for name in columns) + "|")
+    for line in table_of(rows):
+        print(line)
     measure.write_json(flags.json, {"plans": figures})
 
 

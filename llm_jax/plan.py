@@ -72,8 +72,9 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.write_config and arguments.write_config.suffix != ".py":
         raise ConfigError(f"--write_config {arguments.write_config}: expected a .py file")
-    if arguments.price is not None and not (arguments.tokens or arguments.search):
-        raise ConfigError("--price needs --tokens, or --search")
+    ranks = arguments.search and arguments.rank == "cost"
+    if arguments.price is not None and not (arguments.tokens or ranks):
+        raise ConfigError("--price needs --tokens, or --search --rank cost")
     for name in ("write_config", "html", "json"):  # before anything takes its time
         path = getattr(arguments, name)
         if path is not None and not Path(path).parent.is_dir():
@@ -90,7 +91,7 @@ def _is_config(path: Path, config: str) -> bool:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(filter(None, text.split(","))))
+    return tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
 
 
 def _refuse(message: str) -> NoReturn:

@@ -2,20 +2,27 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fake_plans
 import pytest
 
-from llm_jax.core.config import ConfigError
+from bench import plans
+from llm_jax.core.config import ConfigError, load
 from llm_jax.data.progress import Silent
 from llm_jax.planner import answer as answers
 from llm_jax.planner import targets
 from llm_jax.planner.answer import Question, answer
+from llm_jax.planner.hunt import Candidate, Trial
+from llm_jax.planner.search import SearchResult
 from llm_jax.planner.targets import Answers
+from llm_jax.planner.topology import parse_target
+from llm_jax.training.config import resolve
 
 PLAN = ["-m", "llm_jax.plan", "--config", "configs/gpt_tiny.py"]
 
@@ -32,7 +39,24 @@ def planned(monkeypatch):
 
 
 def question(*topology, **asked) -> Question:
-    return Question(config="configs/gpt_tiny.py", topology=topology, **asked)
+    known = {"config": "configs/gpt_tiny.py", "max_chips": 4, "compiles": 2, "jobs": 1}
+    return Question(topology=topology, **{**known, **asked})
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """Every search ends with these trials: (plan, or why there is none)."""
+
+    def set_trials(*answers_, interrupted=False, objective="time"):
+        candidate = Candidate(parse_target("v5e:2x2"), resolve(load("configs/gpt_tiny.py")), 1, 1.0)
+        trials = tuple(
+            Trial(candidate, None, answer) if isinstance(answer, str) else Trial(candidate, answer)
+            for answer in answers_
+        )
+        found = SearchResult(objective, trials, 100, {}, (), None, 1.0, interrupted)
+        monkeypatch.setattr(answers.search, "search", lambda *args, **kwargs: found)
+
+    return set_trials
 
 
 def test_help_is_fast_and_says_the_statuses(run_python):
@@ -52,7 +76,7 @@ def test_help_is_fast_and_says_the_statuses(run_python):
     [
         ([], "name a --topology, such as v5p:4x4x4 or local, or use --search"),
         (["--topology", "v5q-16"], "'v5q-16': "),
-        (["--topology", "h100-8", "--config.mesh.fsdp=3"], "3"),
+        (["--topology", "h100-8", "--config.mesh.fsdp=3"], "mesh fsdp 3 does not divide over 8 devices: the nearest"),
         (["--topology", "h100-8", "--config.model.remta=full"], "did you mean 'remat'"),
         (["--topology", "h100-8", "--tokens", "many"], "tokens 'many': expected"),
         (["--topology", "h100-8", "--jobs", "0"], "--jobs 0 must be at least 1"),
@@ -61,6 +85,8 @@ def test_help_is_fast_and_says_the_statuses(run_python):
         (["--topology", "h100-8", "--html", "/nowhere/at/all/x.html"], "there is no folder /nowhere/at/all"),
         (["--topology", "h100-8", "--html", "/"], "--html /: it is a folder"),
         (["--topology", "h100-8", "--price", "2"], "--price needs --tokens"),
+        (["--search", "--price", "2"], "--price needs --tokens, or --search --rank cost"),
+        (["--search", "--write_config", "configs/gpt_1b.py"], "configs/gpt_1b.py: it exists and no search wrote it"),
         (["--topology", "h100-8", "--tokens", "1b", "--price", "-1"], "price -1.0: expected dollars"),
         (["--search", "--write_config", "configs/gpt_tiny.py"], "it is the config to begin with"),
         (["--topology", "h100-8", "--write_config", "x.py"], "--write_config needs --search"),
@@ -93,7 +119,7 @@ def test_an_estimate_from_the_command(run_python, tmp_path):
 
 
 def test_json_on_standard_output_is_all_there_is_on_it(run_python):
-    result = run_python(*PLAN, "--topology", "h100-1,h100-2", "--json", "-")
+    result = run_python(*PLAN, "--topology", "h100-1, h100-2", "--json", "-")
     assert result.returncode == 0, result.stderr
     plans = json.loads(result.stdout)["plans"]
     assert [plan["num_chips"] for plan in plans] == [1, 2]
@@ -131,7 +157,60 @@ def test_what_was_there_before_ctrl_c_is_shown_and_written(planned, capsys, tmp_
     assert (tmp_path / "a.html").exists()
     assert len(json.loads((tmp_path / "a.json").read_text())["plans"]) == 1
     planned([], interrupted=True)
+    for names in (["v5p:4x4x4"], ["v5p:4x4x4", "v5e:4x4"]):  # the answer of before stays
+        assert answer(question(*names, json=str(tmp_path / "a.json"))) == 130
+        assert len(json.loads((tmp_path / "a.json").read_text())["plans"]) == 1
+
+
+def test_ctrl_c_before_there_is_a_run(monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers, "load", stopped)
     assert answer(question("v5p:4x4x4")) == 130
+
+
+def test_a_search_in_which_all_failed_is_an_error(searched, capsys, tmp_path):
+    searched("the compiler crashed", "it crashed again")
+    path, figures = tmp_path / "best.py", tmp_path / "a.json"
+    asked = question("v5e:2x2", search=True, write_config=path, json=str(figures))
+    assert answer(asked) == 1
+    said = capsys.readouterr()
+    assert "the compiler crashed" in said.out
+    assert "it crashed again" in said.out
+    assert (
+        said.err
+        == f"error: --write_config {path}: nothing to write, no choice that was tried fits\n"
+    )
+    assert not path.exists()
+    assert any("it crashed again" in line for line in json.loads(figures.read_text())["reasons"])
+    searched("the compiler crashed", fake_plans.too_large())
+    assert answer(asked) == 2
+    searched(fake_plans.plan(), "the compiler crashed")
+    assert answer(asked) == 0
+    assert "as a search would train it on" in path.read_text()
+    searched()
+    assert answer(question("v5e:2x2", search=True)) == 2
+
+
+def test_an_interrupted_search_without_an_answer_leaves_the_one_before(searched, tmp_path):
+    figures = tmp_path / "a.json"
+    figures.write_text("{}")
+    searched(interrupted=True)
+    assert answer(question("v5e:2x2", search=True, json=str(figures))) == 130
+    assert figures.read_text() == "{}"
+    searched(fake_plans.plan(), interrupted=True)
+    assert answer(question("v5e:2x2", search=True, json=str(figures))) == 130
+    assert len(json.loads(figures.read_text())["plans"]) == 1
+
+
+def test_a_file_that_no_search_wrote_is_told_before_the_search(monkeypatch, tmp_path):
+    monkeypatch.setattr(answers.search, "search", lambda *args, **kwargs: pytest.fail("it began"))
+    own = tmp_path / "own.py"
+    own.write_text("BATCH = 8\n")
+    with pytest.raises(ConfigError, match="it exists and no search wrote it"):
+        answer(question("v5e:2x2", search=True, write_config=own))
+    assert own.read_text() == "BATCH = 8\n"
 
 
 def test_plans_come_in_the_order_asked_for(monkeypatch):
@@ -169,6 +248,32 @@ def test_compare_fails_over_its_thresholds(monkeypatch, capsys, tmp_path):
     assert answer(asked) == 0
     with pytest.raises(ConfigError, match="no commit"):
         answer(question("v5p:4x4x4", compare="no_such_thing"))
+
+
+def test_configs_of_one_name_are_told_apart(planned, capsys, tmp_path):
+    other = tmp_path / "gpt_tiny.py"
+    shutil.copy("configs/gpt_tiny.py", other)
+    small, large = (f"configs/gpt_tiny.py{argument}" for argument in ("", ":large"))
+    cases = {
+        (str(other), small): [str(other), small],
+        (small, small): ["as it is", "with these flags"],
+        (f"./{small}", small): ["as it is", "with these flags"],
+        (small, large): [small, large],
+        ("configs/gpt_1b.py", large): ["gpt_1b", "gpt_tiny"],
+    }
+    for (old, new), names in cases.items():
+        assert answers._names(old, new) == names
+    planned([fake_plans.plan()])
+    assert answer(question("v5p:4x4x4", compare=str(other))) == 0
+    assert "with these flags" not in capsys.readouterr().out
+
+
+def test_the_table_of_the_docs_is_what_its_command_prints():
+    docs = Path("docs/planner.md").read_text().splitlines()
+    head, line, *rows = plans.table_of([{"config": "gpt_1b", "chips": "64", "fits": "yes"}])
+    assert docs[docs.index(head) + 1] == line
+    assert [len(row.split("|")) for row in rows] == [len(head.split("|"))]
+    assert docs[docs.index(head) + 2].startswith("| gpt_1b | 26b |")
 
 
 def test_ctrl_c_of_the_command(tmp_path):

@@ -24,24 +24,24 @@ from llm_jax.training.config import RunConfig, resolve
 FAILED, DOES_NOT_FIT, INTERRUPTED = 1, 2, 130
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """The flags of `python -m llm_jax.plan`, under their names.
+    """The flags of `python -m llm_jax.plan`, under their names; numbers have their defaults there.
 
     config: FILE[:ARGUMENT]; overrides: "section.key=value". json: "-" is standard output. None and
     empty are what was not asked.
     """
 
     config: str
+    max_chips: int
+    compiles: int
+    jobs: int
     topology: Sequence[str] = ()
     overrides: Sequence[str] = ()
     tokens: float | None = None
     price: float | None = None
     search: bool = False
     rank: Objective = "time"
-    max_chips: int = 256
-    compiles: int = 12
-    jobs: int = 2
     write_config: Path | None = None
     compare: str | None = None
     max_increase: str = ""
@@ -59,9 +59,9 @@ def answer(question: Question) -> int:
     Raises:
       ConfigError, RunError: in one line, what keeps all of it from an answer.
     """
-    run = resolve(load(question.config, question.overrides))
     ask = _search if question.search else _compare if question.compare else _report
     try:
+        run = resolve(load(question.config, question.overrides))
         return ask(run, question, Console(stderr=question.json == "-"))
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -74,8 +74,9 @@ def _report(run: RunConfig, question: Question, console: Console) -> int:
     alone = len(question.topology) == 1
     if alone and failures:
         raise failures[question.topology[0]]
-    content = [plan.to_dict() for plan in plans]
-    _publish(question, content[0] if alone and content else {"plans": content}, plans)
+    if plans or not answers.interrupted:
+        content = [plan.to_dict() for plan in plans]
+        _publish(question, content[0] if alone else {"plans": content}, plans)
     if not alone:
         show_ranking(plans, console)
     elif plans:
@@ -92,6 +93,8 @@ def _report(run: RunConfig, question: Question, console: Console) -> int:
 
 def _search(run: RunConfig, question: Question, console: Console) -> int:
     """A table of what was tried, the best first, and why it is."""
+    if question.write_config:
+        search.check_place(question.write_config)
     names = question.topology or default_targets(question.max_chips)
     limits = {"compiles": question.compiles, "jobs": question.jobs, "cache": question.cache}
     result = search.search(
@@ -103,24 +106,36 @@ def _search(run: RunConfig, question: Question, console: Console) -> int:
     show_ranking(plans, console)
     for line in reasons:
         console.print(line, markup=False, highlight=False)
-    if question.write_config and result.winner:
-        search.write_config(
-            question.write_config, question.config, result.winner,
-            also=question.overrides, objective=question.rank,
-        )  # fmt: skip
-        console.print(f"wrote {question.write_config}", markup=False, highlight=False)
-    _publish(question, {"reasons": reasons, "plans": [p.to_dict() for p in plans]}, plans, reasons)
-    return INTERRUPTED if result.interrupted else _status(plans)
+    if question.write_config:
+        _write_winner(question, result, console)
+    if plans or not result.interrupted:
+        content = {"reasons": reasons, "plans": [plan.to_dict() for plan in plans]}
+        _publish(question, content, plans, reasons)
+    if result.interrupted:
+        return INTERRUPTED
+    return FAILED if result.trials and not plans else _status(plans)
+
+
+def _write_winner(question: Question, result: search.SearchResult, console: Console) -> None:
+    path = question.write_config
+    if result.winner is None:
+        print(
+            f"error: --write_config {path}: nothing to write, no choice that was tried fits",
+            file=sys.stderr,
+        )
+        return
+    search.write_config(
+        path, question.config, result.winner, also=question.overrides, objective=question.rank
+    )
+    console.print(f"wrote {path}", markup=False, highlight=False)
 
 
 def _compare(run: RunConfig, question: Question, console: Console) -> int:
     """This config beside another one, or beside itself at another commit."""
     limits = diff.parse_thresholds(question.max_increase)
-    names = [Path(question.compare).stem, Path(question.config).stem]
     if Path(question.compare.partition(":")[0]).is_file():
         old = _plan(resolve(load(question.compare)), question)
-        if names[0] == names[1]:
-            names = ["as it is", "with these flags"]
+        names = _names(question.compare, question.config)
     else:
         target = question.topology[0]
         cache = () if question.cache is None else ("--cache", str(question.cache.resolve()))
@@ -137,6 +152,17 @@ def _compare(run: RunConfig, question: Question, console: Console) -> int:
     notes = [f"first {changes.old}, then {changes.new}", *changes.config]
     _publish(question, changes.to_dict(), [old, new], notes)
     return FAILED if over else _status([new])
+
+
+def _names(old: str, new: str) -> list[str]:
+    """What tells two config files apart."""
+    files = [Path(config.partition(":")[0]) for config in (old, new)]
+    if files[0].stem != files[1].stem:
+        return [file.stem for file in files]
+    arguments = [config.partition(":")[2] for config in (old, new)]
+    if files[0].resolve() == files[1].resolve() and arguments[0] == arguments[1]:
+        return ["as it is", "with these flags"]
+    return [old, new]
 
 
 def _plan(run: RunConfig, question: Question) -> Plan:

@@ -42,7 +42,7 @@ def cost_of(
     chip: Chip,
     price: float | None = None,
 ) -> Cost:
-    """The cost of `tokens` on `num_chips`; zero dollars where no price is known, as the note says.
+    """The cost of `tokens` on `num_chips`; no dollars where no price is known, as the note says.
 
     Args:
       price: dollars for a chip for an hour; None for the list price of the generation.
@@ -51,13 +51,13 @@ def cost_of(
       ConfigError: a negative price.
     """
     check_price(price)
-    dollars = price if price is not None else chip.dollars_per_chip_hour or 0.0
+    hourly = price if price is not None else chip.dollars_per_chip_hour
     chip_hours = tokens / tokens_per_second_per_chip / 3600
     return Cost(
         tokens=tokens,
         days=chip_hours / num_chips / 24,
         chip_hours=chip_hours,
-        dollars=chip_hours * dollars,
-        dollars_per_chip_hour=dollars,
+        dollars=None if hourly is None else chip_hours * hourly,
+        dollars_per_chip_hour=hourly,
         price_note=chip.price_note if price is None else "as given",
     )

@@ -7,6 +7,7 @@ see docs/planner_ci.yml.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,14 +15,17 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from llm_jax.core.config import ConfigError, nearest
 from llm_jax.planner import words
 from llm_jax.planner.plan import Exchange, Plan
+from llm_jax.planner.terminal import is_wide
 from llm_jax.training.config import differences
 
 THRESHOLDS = ("memory", "time", "communication")
 MOST_ROWS = 20
+_EXCHANGES = "collectives that differ: times, bytes sent, exposed"
 _TINY = 1e-3  # of the peak; what is less takes no row
 
 
@@ -116,7 +120,7 @@ def parse_thresholds(text: str) -> dict[str, float]:
     """Percent by name, of "memory=5,time=2.5".
 
     Raises:
-      ConfigError: an unknown name or no number.
+      ConfigError: an unknown name, or no number of percent that a figure can grow by.
     """
     found = {}
     for part in filter(None, text.split(",")):
@@ -129,7 +133,9 @@ def parse_thresholds(text: str) -> dict[str, float]:
         try:
             found[name] = float(value.removesuffix("%"))
         except ValueError:
-            raise ConfigError(f"--max_increase {part!r}: expected percent, {name}=5") from None
+            found[name] = math.nan
+        if not 0 <= found[name] < math.inf:
+            raise ConfigError(f"--max_increase {part!r}: expected percent, at least 0: {name}=5")
     return found
 
 
@@ -173,11 +179,10 @@ def compare(old: Plan, new: Plan, old_name: str = "old", new_name: str = "new") 
 
 def show(diff: Diff, console: Console) -> None:
     """The comparison as tables: figures, collectives, config."""
-    table = Table(
-        "", diff.old, diff.new, "change", box=box.SIMPLE, title="memory and time per step"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(box=box.SIMPLE, title="memory and time per step")
+    table.add_column("")
+    for name in (diff.old, diff.new, "change"):
+        table.add_column(escape(name), justify="right", overflow="fold")
     _row(table, diff.peak, words.size, bold=True)
     for part in diff.parts:
         if max(part.old, part.new) >= _TINY * max(diff.peak.old, diff.peak.new):
@@ -193,7 +198,8 @@ def show(diff: Diff, console: Console) -> None:
     console.print(table)
     if not (diff.old_fits and diff.new_fits):
         fits = {True: "fits", False: "does not fit"}
-        console.print(f"{diff.old} {fits[diff.old_fits]}, {diff.new} {fits[diff.new_fits]}")
+        said = f"{diff.old} {fits[diff.old_fits]}, {diff.new} {fits[diff.new_fits]}"
+        console.print(said, markup=False)
     _show_exchanges(diff, console)
     for line in diff.config:
         console.print(escape(line), highlight=False)
@@ -206,18 +212,38 @@ def _show_exchanges(diff: Diff, console: Console) -> None:
     if not diff.exchanges:
         console.print("the same collectives", highlight=False)
         return
-    table = Table(box=box.SIMPLE, title="collectives that differ: times, bytes sent, exposed")
+    (_exchange_table if is_wide(console) else _exchange_lines)(diff, console)
+    if len(diff.exchanges) > MOST_ROWS:
+        console.print(f"and {len(diff.exchanges) - MOST_ROWS} more")
+
+
+def _exchange_table(diff: Diff, console: Console) -> None:
+    table = Table(box=box.SIMPLE, title=_EXCHANGES)
     table.add_column("collective", no_wrap=True)
     table.add_column("tensor", overflow="fold")
     for name in (diff.old, diff.new):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(escape(name), justify="right", no_wrap=True)
     for one in diff.exchanges[:MOST_ROWS]:
-        what = f"{one.kind} {one.axes}, {one.direction}"
-        tensor = escape(one.tensor.replace("params.stack.layers.", "").replace(", ", "\n"))
-        table.add_row(what, tensor, _moved(one.old), _moved(one.new))
+        tensor = escape(_short(one.tensor).replace(", ", "\n"))
+        table.add_row(escape(_what(one)), tensor, _moved(one.old), _moved(one.new))
     console.print(table)
-    if len(diff.exchanges) > MOST_ROWS:
-        console.print(f"and {len(diff.exchanges) - MOST_ROWS} more")
+
+
+def _exchange_lines(diff: Diff, console: Console) -> None:
+    """Where columns have no room, a line for each plan."""
+    console.print(Text(_EXCHANGES, style="italic"))
+    for one in diff.exchanges[:MOST_ROWS]:
+        console.print(Text(f"{_what(one)}: {_short(one.tensor)}"))
+        for name, traffic in ((diff.old, one.old), (diff.new, one.new)):
+            console.print(Text(f"  {_moved(traffic)}  {name}", style="dim"))
+
+
+def _what(one: ExchangeChange) -> str:
+    return f"{one.kind} {one.axes}, {one.direction}"
+
+
+def _short(tensor: str) -> str:
+    return tensor.replace("params.stack.layers.", "")
 
 
 def _row(

@@ -17,7 +17,7 @@ from llm_jax.planner.pace import pace
 from llm_jax.planner.placement import place
 from llm_jax.planner.plan import Finding, Plan
 from llm_jax.planner.topology import Target
-from llm_jax.planner.words import size
+from llm_jax.planner.words import excess, size
 from llm_jax.training.config import RunConfig, resolve
 
 NOTE = Finding(
@@ -77,6 +77,7 @@ def with_cure(plan: Plan, run: RunConfig, target: Target) -> Plan:
         return plan
     missing = plan.memory.peak - plan.memory.capacity
     head = f"does not fit: {size(plan.memory.peak)} of {size(plan.memory.capacity)}"
+    head += f", {excess(plan.memory)} over"
     text = f"{head}; no count of microbatches does, with full remat either: take more chips"
     found = Finding("memory", text, bytes=missing)
     for overrides in _milder_first(run):

@@ -11,6 +11,7 @@ configs of this repository (docs/planner.md); packing and padding are the compil
 
 import dataclasses
 
+from llm_jax.core.config import ConfigError
 from llm_jax.nn.kernels.attention import choose
 from llm_jax.nn.losses import CHUNK_BYTES, MIN_CHUNK_TOKENS
 from llm_jax.nn.moe import MoeConfig
@@ -98,17 +99,20 @@ def kernel_of(run: RunConfig, placement: Placement) -> str:
       ConfigError: one was asked for that cannot run.
     """
     attention = placement.transformer.attention
-    return choose(
-        run.train.attention_kernel,
-        placement.target.chip.kind,
-        attention.spec,
-        length=run.data.sequence_length,
-        head_dim=attention.head_dim,
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
-        compute_dtype=run.train.compute_dtype,
-        context_shares=placement.shares("length"),
-    )
+    try:
+        return choose(
+            run.train.attention_kernel,
+            placement.target.chip.kind,
+            attention.spec,
+            length=run.data.sequence_length,
+            head_dim=attention.head_dim,
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            compute_dtype=run.train.compute_dtype,
+            context_shares=placement.shares("length"),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _routed(mlp: MoeConfig, embed_dim: int, placement: Placement) -> float:

@@ -3,7 +3,8 @@
 Arithmetic scores every choice of space.py once. What the compiler then says of one corrects the
 estimates of those like it, so a strategy that turned out larger or slower falls back with all its kin.
 In the first half every generation, slice and strategy gets its turn, the most promising first; then whatever
-promises to beat the best.
+promises to beat the best. What misses memory is no answer: its kin with more microbatches come next, and
+where no estimate is left that fits, the smallest.
 """
 
 import collections
@@ -51,6 +52,10 @@ class Candidate:
     seconds: float
 
     @property
+    def fits(self) -> bool:
+        return self.peak <= self.target.chip.hbm_bytes
+
+    @property
     def overrides(self) -> Overrides:
         return overrides_of(self.run)
 
@@ -67,12 +72,13 @@ class Trial:
     """A candidate that was tried.
 
     plan: by the compiler, or an estimate for GPUs that are not here. None where the compiler failed;
-    `why` is then its line.
+    `why` is then its line. quick: compiled with other options than training sets.
     """
 
     candidate: Candidate
     plan: Plan | None
     why: str = ""
+    quick: bool = False
 
     @property
     def fits(self) -> bool:
@@ -91,7 +97,7 @@ class Hunt:
     """Candidates and trials.
 
     considered: choices in all; pruned: those that arithmetic dropped, by reason; without: a line for
-    each target where nothing fits by arithmetic.
+    each target without a trial where nothing fits by arithmetic.
     """
 
     def __init__(self, objective: Objective, price: float | None, compiles: int):
@@ -100,11 +106,12 @@ class Hunt:
         self.considered = 0
         self.pruned: collections.Counter[str] = collections.Counter()
         self.without: list[str] = []
-        self._candidates: list[Candidate] = []
+        self._candidates: list[Candidate] = []  # those that `next` has not given yet
+        self._hopeless: dict[Target, str] = {}
 
     def add(self, run: RunConfig, target: Target) -> None:
         """Scores all choices on a target."""
-        before, smallest = len(self._candidates), None
+        smallest, refusal = None, ""
         for mesh in meshes(run, target):
             base: Placement | None = None
             for steps in accumulations(run):
@@ -112,19 +119,26 @@ class Hunt:
                 choice = with_choice(run, mesh, REMAT[0], steps)
                 try:
                     base = place(choice, target) if base is None else _accumulating(base, choice)
-                except ConfigError:
+                    policies = [
+                        _candidate(with_choice(run, mesh, remat, steps), base) for remat in REMAT
+                    ]
+                except ConfigError as error:
                     self.pruned["cannot be sharded"] += len(REMAT)
+                    refusal = refusal or str(error)
                     continue
-                for remat in REMAT:
-                    candidate = _candidate(with_choice(run, mesh, remat, steps), base)
+                for candidate in policies:
                     if smallest is None or candidate.peak < smallest:
                         smallest = candidate.peak
                     if candidate.peak <= _HOPE * target.chip.hbm_bytes:
                         self._candidates.append(candidate)
                     else:
                         self.pruned["memory"] += 1
-        if len(self._candidates) == before:
-            self.without.append(_nothing_fits(target, smallest))
+        if smallest is None:
+            self._hopeless[target] = (
+                f"{target.name}: nothing can be sharded over its {target.num_chips} chips: {refusal}"
+            )
+        elif smallest > target.chip.hbm_bytes:
+            self._hopeless[target] = _nothing_fits(target, smallest)
 
     def next(self, count: int) -> list[Candidate]:
         """Up to `count` candidates to compile now; none where nothing is worth it.
@@ -133,22 +147,30 @@ class Hunt:
         """
         picked: list[Candidate] = []
         exploring = len(self.trials) < (self.compiles + 1) // 2
-        promising = [c for c in self._promising(exploring) if c.target.kind == "tpu"]
-        for look in (_chip, _target, _strategy, _mesh) if exploring else (_policy,):
-            seen = {look(trial.candidate) for trial in self.trials} | {look(c) for c in picked}
+        promising = list(self._promising(exploring))
+        for look in (_chip, _target, _strategy, _mesh, _policy) if exploring else (_policy,):
+            # More microbatches may cure a mesh or a policy that missed memory.
+            curable = look in (_mesh, _policy)
+            known = [t.candidate for t in self.trials if t.fits or not curable]
+            seen = {look(c) for c in (*known, *picked)}
             for candidate in promising:
-                if len(picked) == count:
-                    return picked
-                if look(candidate) not in seen:
+                if len(picked) < count and look(candidate) not in seen:
                     picked.append(candidate)
                     seen.add(look(candidate))
+        self._candidates = [c for c in self._candidates if not any(c is p for p in picked)]
         return picked
 
     def settle(self, target: Target, tokens: float | None) -> None:
-        """The answer for GPUs that are not here is an estimate."""
-        mine = [c for c in self._promising(True) if c.target == target and target.kind == "gpu"]
-        if mine:
-            self.trials.append(Trial(mine[0], mine[0].estimate(tokens, self.price), "estimated"))
+        """The answer for a target without a trial: for GPUs an estimate; else why nothing fits."""
+        if any(trial.candidate.target == target for trial in self.trials):
+            return
+        if target in self._hopeless:
+            self.without.append(self._hopeless[target])
+        elif target.kind == "gpu":
+            mine = [c for c in self._candidates if c.target == target and c.fits]
+            best = min(mine, key=lambda c: c.seconds, default=None)
+            if best is not None:
+                self.trials.append(Trial(best, best.estimate(tokens, self.price), "estimated"))
 
     def ranked(self) -> tuple[Trial, ...]:
         """The best first, then those that do not fit, then those that failed."""
@@ -157,14 +179,18 @@ class Hunt:
         )
 
     def _promising(self, exploring: bool) -> Iterator[Candidate]:
-        """What is likely to fit and to beat the best, or to come near, by corrected estimates."""
+        """What is likely to fit and to beat the best, or to come near, by corrected estimates.
+
+        Of GPUs nothing is compiled.
+        """
         memory, pace = self._corrections()
         expected = lambda c: score(  # noqa: E731
             self.objective, c.target, c.seconds * pace.get(_strategy(c), 1.0), self.price
         )
+        candidates = [c for c in self._candidates if c.target.kind == "tpu"]
         ranked = [
             c
-            for c in sorted(self._candidates, key=expected)
+            for c in sorted(candidates, key=expected)
             if c.peak * memory.get(_strategy(c), memory.get(_chip(c), 1.0))
             <= c.target.chip.hbm_bytes
         ]
@@ -179,6 +205,12 @@ class Hunt:
             key = each(candidate)
             wanted = key not in answered and failures[key] < _PATIENCE
             if wanted or expected(candidate) <= (_NEAR if exploring else _WORTH) * best:
+                yield candidate
+        # Corrections err too: what has no answer and no estimate left that fits tries its smallest.
+        closed = answered | {each(c) for c in ranked}
+        unanswered = [c for c in candidates if each(c) not in closed]
+        for candidate in sorted(unanswered, key=lambda c: c.peak):
+            if best is None or failures[each(candidate)] < _PATIENCE:
                 yield candidate
 
     def _measured(self, trial: Trial) -> float:
@@ -252,9 +284,7 @@ def _accumulating(placement: Placement, run: RunConfig) -> Placement:
     return dataclasses.replace(placement, items=items, turns=turns)
 
 
-def _nothing_fits(target: Target, smallest: int | None) -> str:
-    if smallest is None:
-        return f"{target.name}: the model cannot be sharded over its {target.num_chips} chips"
+def _nothing_fits(target: Target, smallest: int) -> str:
     gib = 2**30
     return (
         f"{target.name}: nothing fits; the smallest choice needs about {smallest / gib:.1f} GiB of "

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_jax.metrics.chart import compact
 from llm_jax.metrics.page import document
 from llm_jax.metrics.writer import replace_file
 from llm_jax.planner import pictures, words
 from llm_jax.planner.chips import CHIPS
 from llm_jax.planner.pictures import Bar
-from llm_jax.planner.plan import Memory, Plan, Roofline
+from llm_jax.planner.plan import Memory, Op, Plan, Roofline
 from llm_jax.planner.style import STYLE
 
 MOST_BUFFERS, MOST_EXCHANGES = 20, 30
@@ -81,7 +82,7 @@ def _tiles(plan: Plan) -> str:
         tiles[
             f"for {words.amount(cost.tokens)} tokens, {words.number(cost.chip_hours)} chip-hours"
         ] = words.days(cost.days)
-        if cost.dollars:
+        if cost.dollars is not None:
             tiles[f"at ${cost.dollars_per_chip_hour:g} per chip-hour; {cost.price_note}"] = (
                 words.money(cost.dollars)
             )
@@ -160,21 +161,28 @@ def _time(plan: Plan, roofline: Roofline, colors: Mapping[str, str]) -> str:
     body = pictures.stacked_bars(bars)
     body += pictures.legend(pictures.bound_pieces(bounds, colors), roofline.step_seconds)
     ops = words.dearest_ops(roofline, pictures.MAX_CIRCLES)
+    shown, rest = ops[: pictures.NUMBERED], ops[pictures.NUMBERED :]
     chip = CHIPS.get(plan.chip)
     if chip is not None and ops:
         body += pictures.roofline_plot(ops, roofline.step_seconds, chip)
     if ops:
-        body += f"<h3>Dearest operations, by their numbers above</h3>{_ops(roofline, ops[: pictures.NUMBERED])}"
+        body += f"<h3>Dearest operations, by their numbers above</h3>{_ops(roofline, shown)}"
+    if rest:  # circles say what they are to a mouse only
+        more = _ops(roofline, rest, first=len(shown) + 1)
+        body += f"<details><summary>{len(rest)} more</summary>{more}</details>"
     who = words.who_says(plan)
     note = f'<p class="note">{html.escape(who[:1].upper() + who[1:])}.</p>' if who else ""
     return _section(f"Time of a step, {words.duration(roofline.step_seconds)}", body + note)
 
 
-def _ops(roofline: Roofline, ops: Iterable) -> str:
+def _ops(roofline: Roofline, ops: Iterable[Op], first: int = 1) -> str:
+    """first: the number of the first one."""
     rows = []
-    for number, op in enumerate(ops, 1):
+    for number, op in enumerate(ops, first):
         seconds = op.exposed * op.times
         rate = f"{words.rate(op.flops / op.seconds)}FLOP/s" if op.flops and op.seconds else ""
+        if rate and op.bytes:
+            rate += f", {compact(op.flops / op.bytes)} FLOPs per byte"
         rows.append(
             (
                 str(number),
@@ -306,8 +314,9 @@ def _table(
 
     def row(cells: Sequence[str], tag: str) -> str:
         is_word = lambda i: i >= words_from or (first_is_word and i == 0)  # noqa: E731
+        start = '<th scope="col"' if tag == "th" else f"<{tag}"
         return "".join(
-            f'<{tag} class="{"w wrap" if is_word(i) and len(cell) > 60 else "w" if is_word(i) else ""}">{cell}</{tag}>'
+            f'{start} class="{"w wrap" if is_word(i) and len(cell) > 60 else "w" if is_word(i) else ""}">{cell}</{tag}>'
             for i, cell in enumerate(cells)
         )
 

@@ -119,7 +119,8 @@ class Roofline:
     tokens_per_second and the FLOPs are per chip. mfu: over all scores, mfu_causal: those kept by a causal
     mask; None where the family counts no model FLOPs. hardware_flops: executed, with recomputation.
     efficiency: the one factor of the generation that the model's times were divided by.
-    from_compiler: the share of step_seconds that rests on the compiler's own cycles.
+    from_compiler: the share of step_seconds that rests on the compiler's own cycles. unknown_loops: what
+    the loops belong to whose turns the program does not state, which count once.
     """
 
     step_seconds: float
@@ -133,6 +134,7 @@ class Roofline:
     mfu_causal: float | None
     efficiency: float
     from_compiler: float
+    unknown_loops: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +154,16 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of training on `tokens`. dollars: chip_hours times dollars_per_chip_hour, a price of price_date."""
+    """Of training on `tokens`. dollars: chip_hours times dollars_per_chip_hour; both None where no price is known.
+
+    price_note: whose price, and of when.
+    """
 
     tokens: float
     days: float
     chip_hours: float
-    dollars: float
-    dollars_per_chip_hour: float
+    dollars: float | None
+    dollars_per_chip_hour: float | None
     price_note: str
 
 
@@ -192,4 +197,6 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """For --json: everything but the compiler's texts."""
-        return dataclasses.asdict(dataclasses.replace(self, step=None))
+        content = dataclasses.asdict(dataclasses.replace(self, step=None))
+        del content["step"]
+        return content

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,14 +20,17 @@ from llm_jax.planner.compile import Request, compile_many
 from llm_jax.planner.compiled import CompiledStep
 from llm_jax.planner.hunt import Candidate, Hunt, Objective, Trial, score
 from llm_jax.planner.make import make_plan
-from llm_jax.planner.plan import Plan
-from llm_jax.planner.topology import Target, libtpu_version, parse_target
+from llm_jax.planner.plan import Cost, Plan
+from llm_jax.planner.topology import Slices, Target, libtpu_version, parse_slices, parse_target
 from llm_jax.sharding.xla_flags import quick_options
 from llm_jax.training.config import RunConfig
 
 # How many of the best are compiled again with the options that training sets: the others are told from
 # each other with less of the chip's own memory for a fusion, which compiles faster.
 FINALISTS = 2
+# What a ranking by cost tells the cost of where no number is given: dollars per token rank as those of a
+# step do, the tokens of a step being the same.
+TOKENS = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +78,8 @@ def search(
     run: RunConfig,
     targets: Sequence[str],
     *,
+    compiles: int,
     objective: Objective = "time",
-    compiles: int = 8,
     jobs: int = 2,
     cache: Path | None = None,
     progress: Progress | None = None,
@@ -87,12 +91,12 @@ def search(
     Ctrl-C ends it early: the result is then what was there.
 
     Args:
-      targets: names of slices, or of GPUs, which are only estimated.
+      targets: names of slices, or of GPUs, which are only estimated; two of the same count once.
       compiles: the most steps to compile over all targets, before the best of them are compiled once
         more, as they would train; those that the cache recalls count too.
       jobs: at a time.
       cache: as of planner.compile.compile_step.
-      tokens, price: as of planner.make.make_plan.
+      tokens, price: as of planner.make.make_plan; by cost, tokens are TOKENS where none are given.
 
     Raises:
       ConfigError: an unknown target, a model that estimates do not know, libtpu missing, or a cost asked
@@ -101,15 +105,18 @@ def search(
     start, progress = time.perf_counter(), progress or Silent()
     parsed = _checked(run, targets, objective, price)
     hunt, interrupted = Hunt(objective, price, compiles), False
+    tokens = TOKENS if objective == "cost" and tokens is None else tokens
     try:
-        _estimate(hunt, run, parsed, progress)
-        if any(target.kind == "tpu" for target in parsed):
-            _compile(hunt, jobs, cache, progress, tokens)
-            _confirm(hunt, jobs, cache, progress, tokens)
+        try:
+            _estimate(hunt, run, parsed, progress)
+            if any(target.kind == "tpu" for target in parsed):
+                _compile(hunt, jobs, cache, progress, tokens)
+                _confirm(hunt, jobs, cache, progress, tokens)
+        finally:  # inside of the other try: a second Ctrl-C keeps the table too
+            for target in parsed:
+                hunt.settle(target, tokens)
     except KeyboardInterrupt:
         interrupted = True
-    for target in parsed:
-        hunt.settle(target, tokens)
     return SearchResult.of(hunt, time.perf_counter() - start, interrupted)
 
 
@@ -126,7 +133,16 @@ def _checked(
         raise ConfigError(f"topology {parsed[0].name!r}: no price is known to rank by; give one")
     if any(target.kind == "tpu" for target in parsed):
         libtpu_version()
-    return parsed
+    unlike: dict[Slices | Target, Target] = {}
+    for target in parsed:
+        unlike.setdefault(_meaning(target), target)
+    return list(unlike.values())
+
+
+def _meaning(target: Target) -> Slices | Target:
+    """What a target is, however it is spelled: v5e-16 is v5e:4x4."""
+    meant = parse_slices(target.name) if target.kind == "tpu" else target
+    return dataclasses.replace(meant, name="")
 
 
 def _estimate(hunt: Hunt, run: RunConfig, targets: list[Target], progress: Progress) -> None:
@@ -155,7 +171,7 @@ def _compile(
             asked = [(_request(c, quick=True), c) for c in batch]
             for request, answer in compile_many([r for r, _ in asked], jobs, cache):
                 candidate = next(c for r, c in asked if r is request)
-                trial = _trial(candidate, answer, tokens, hunt.price)
+                trial = _trial(candidate, answer, tokens, hunt.price, quick=bool(request.options))
                 hunt.trials.append(trial)
                 progress.say(line_of(trial))
                 progress.advance(1)
@@ -166,25 +182,25 @@ def _compile(
 def _confirm(
     hunt: Hunt, jobs: int, cache: Path | None, progress: Progress, tokens: float | None
 ) -> None:
-    """Compiles the best again, with the options that training sets."""
-    best = [t for t in hunt.ranked() if t.fits and t.candidate.target.kind == "tpu"][:FINALISTS]
-    asked = [
-        (_request(trial.candidate, quick=False), trial)
-        for trial in best
-        if _request(trial.candidate, quick=True).options
-    ]
-    if not asked:
-        return
-    progress.start("compiling the best as they would train", len(asked))
-    try:
-        for request, answer in compile_many([r for r, _ in asked], jobs, cache):
-            trial = next(t for r, t in asked if r is request)
-            sure = _trial(trial.candidate, answer, tokens, hunt.price)
-            hunt.trials[hunt.trials.index(trial)] = sure
-            progress.say(line_of(sure))
-            progress.advance(1)
-    finally:
-        progress.finish()
+    """Compiles the best again, with the options that training sets, until none of the best is quick.
+
+    One that fails or does not fit then makes room for the next.
+    """
+    while asked := [(_request(t.candidate, quick=False), t) for t in _best(hunt) if t.quick]:
+        progress.start("compiling the best as they would train", len(asked))
+        try:
+            for request, answer in compile_many([r for r, _ in asked], jobs, cache):
+                trial = next(t for r, t in asked if r is request)
+                sure = _trial(trial.candidate, answer, tokens, hunt.price, quick=False)
+                hunt.trials[hunt.trials.index(trial)] = sure
+                progress.say(line_of(sure))
+                progress.advance(1)
+        finally:
+            progress.finish()
+
+
+def _best(hunt: Hunt) -> list[Trial]:
+    return [trial for trial in hunt.ranked() if trial.fits][:FINALISTS]
 
 
 def _request(candidate: Candidate, *, quick: bool) -> Request:
@@ -197,12 +213,14 @@ def _trial(
     answer: CompiledStep | Exception,
     tokens: float | None,
     price: float | None,
+    *,
+    quick: bool,
 ) -> Trial:
     if isinstance(answer, Exception):
-        return Trial(candidate, None, str(answer))
+        return Trial(candidate, None, str(answer), quick)
     plan = make_plan(answer, candidate.target, tokens=tokens, price=price)
     # The texts of a compiled step are megabytes, and the cache has them.
-    return Trial(candidate, dataclasses.replace(plan, step=None))
+    return Trial(candidate, dataclasses.replace(plan, step=None), quick=quick)
 
 
 def line_of(trial: Trial) -> str:
@@ -213,17 +231,20 @@ def line_of(trial: Trial) -> str:
     memory = trial.plan.memory
     held = f"{words.gib(memory.peak)} of {words.gib(memory.capacity)} GiB"
     if not trial.fits:
-        return f"{choice}: does not fit, {held}"
+        return f"{choice}: does not fit, {held}, {words.excess(memory)} over"
     return f"{choice}: {words.duration(trial.plan.roofline.step_seconds)}, {held}"
 
 
 def explain(result: SearchResult) -> list[str]:
-    """Why the winner wins and the next one loses, a sentence each."""
-    lines = [_coverage(result), *result.without]
+    """Why the winner wins and the next one loses, a sentence each; what failed, and why."""
+    failed = [trial for trial in result.trials if trial.plan is None]
+    lines = [_coverage(result), *result.without, *(f"failed: {line_of(t)}" for t in failed)]
     winner = result.winner
     if winner is None:
         return [*lines, "no choice that was tried fits"]
     lines.append(f"best: {line_of(winner)}; {_bound(winner.plan)}")
+    if result.objective == "cost":
+        lines.append(_cost(winner.plan.cost))
     others = [trial for trial in result.trials[1:] if trial.fits]
     lines += [line for other in others[:1] for line in _comparison(result, "next", winner, other)]
     mesh = lambda trial: (trial.candidate.target, trial.candidate.run.mesh)  # noqa: E731
@@ -232,10 +253,8 @@ def explain(result: SearchResult) -> list[str]:
         lines += _comparison(result, "the best of another mesh", winner, elsewhere)
     for trial in result.trials:
         if trial.plan is not None and not trial.plan.fits:
-            over = trial.plan.memory.peak / trial.plan.memory.capacity - 1
-            lines.append(
-                f"{_name(trial)} would need {words.percent(over)} more memory than there is"
-            )
+            over = words.excess(trial.plan.memory)
+            lines.append(f"{_name(trial)} would need {over} more memory than there is")
             break
     return lines
 
@@ -244,8 +263,9 @@ def _coverage(result: SearchResult) -> str:
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result.pruned.items()))
     text = f"{result.considered:,} choices, {len(result.trials)} tried"
     text += f"; pruned: {dropped}" if dropped else ""
-    if any(quick_options(trial.candidate.target.chip.device_kinds) for trial in result.trials):
-        text += f"; all but the best {FINALISTS} compiled quickly, and 4 to 16 % slower for that"
+    quick = sum(trial.quick and trial.fits for trial in result.trials)
+    if quick:
+        text += f"; {quick} of those tried compiled quickly, and 4 to 16 % slower for that"
     return text + ("; interrupted" if result.interrupted else "")
 
 
@@ -256,6 +276,15 @@ def _name(trial: Trial) -> str:
 def _bound(plan: Plan) -> str:
     name, share = words.binding(plan.roofline)
     return f"{words.percent(share)} of the step is {name}"
+
+
+def _cost(cost: Cost) -> str:
+    """What a ranking by cost goes by; the price of nothing leaves chip-hours."""
+    dollars = f"{words.money(cost.dollars)}, " if cost.dollars else ""
+    spent = f"{dollars}{words.number(cost.chip_hours)} chip-hours"
+    return (
+        f"days and dollars are those of {words.amount(cost.tokens)} tokens: {spent} with the best"
+    )
 
 
 def _comparison(result: SearchResult, what: str, winner: Trial, other: Trial) -> list[str]:
@@ -273,6 +302,8 @@ def _comparison(result: SearchResult, what: str, winner: Trial, other: Trial) ->
     )
     spent = [f"{words.duration(change)} more on {name}" for name, change in notable if change > 0]
     saved = [f"{words.duration(-change)} less on {name}" for name, change in notable if change < 0]
+    if not spent and other.plan.roofline.step_seconds > step:
+        spent = ["a little more on everything" + (" else" if saved else "")]
     text = f"a step spends {', '.join(spent)}" if spent else "its steps are no slower"
     lines.append(text + (f", and {', '.join(saved)}" if saved else ""))
     peaks = [words.size(trial.plan.memory.peak) for trial in (winner, other)]
@@ -305,6 +336,22 @@ def get_config() -> ml_collections.ConfigDict:
 '''
 
 
+# The first line of what `_CONFIG` makes.
+_WRITTEN = re.compile(r'r""".+, as a search would train it on .+\.')
+
+
+def check_place(path: Path) -> None:
+    """Whether a config can be written there.
+
+    Raises:
+      ConfigError: path is no .py file in a folder that exists, or a file that no search wrote.
+    """
+    if path.suffix != ".py" or not path.parent.is_dir():
+        raise ConfigError(f"config file {path}: expected a .py file in a folder that exists")
+    if path.exists() and not _WRITTEN.match(path.read_text(errors="replace")):
+        raise ConfigError(f"config file {path}: it exists and no search wrote it; name another one")
+
+
 def write_config(
     path: Path, base: str, trial: Trial, *, also: Sequence[str] = (), objective: Objective = "time"
 ) -> None:
@@ -315,10 +362,9 @@ def write_config(
       also: overrides that the search was started with, `section.key=value`.
 
     Raises:
-      ConfigError: path is no .py file in a folder that exists.
+      ConfigError: as `check_place`.
     """
-    if path.suffix != ".py" or not path.parent.is_dir():
-        raise ConfigError(f"config file {path}: expected a .py file in a folder that exists")
+    check_place(path)
     file, _, argument = base.partition(":")
     target = trial.candidate.target
     chosen = [f"{key}={value!r}" for key, value in trial.candidate.overrides.items()]
@@ -332,7 +378,7 @@ def write_config(
             path=path,
             relative=json.dumps(os.path.relpath(Path(file).resolve(), path.parent.resolve())),
             overrides="\n".join(f"    {json.dumps(text)}," for text in [*also, *chosen]),
-            loaded=f'f"{{BASE}}:{argument}"' if argument else "str(BASE)",
+            loaded="str(BASE)" + (f" + {json.dumps(f':{argument}')}" if argument else ""),
         )
     )
 

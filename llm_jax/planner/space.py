@@ -26,12 +26,29 @@ _MOST_STEPS = 64
 
 
 def meshes(run: RunConfig, target: Target) -> Iterator[MeshConfig]:
-    """Every mesh that multiplies to the target's devices; whether the run divides over it is not asked.
+    """The run's own mesh, where it multiplies to the target's devices, and others that do.
 
-    At most two of tensor, context and pipeline at once: three are for larger pods than people have.
+    Whether the run divides over them is not asked. Of the others at most two of tensor, context and
+    pipeline at once: three are for larger pods than people have.
     """
     slices = target.num_slices if target.kind == "tpu" else 1
     devices = target.num_chips * target.devices_per_chip // slices
+    own = _own(run.mesh, devices, slices)
+    if own is not None:
+        yield own
+    yield from (mesh for mesh in _regular(run, devices, slices) if mesh != own)
+
+
+def _own(mesh: MeshConfig, devices: int, slices: int) -> MeshConfig | None:
+    """A run's mesh with every size told; devices: of a slice."""
+    try:
+        across = SliceAxes(**mesh.slices(slices))
+        return dataclasses.replace(mesh, **mesh.shape(devices * slices, slices), dcn=across)
+    except ValueError:  # for other devices than these
+        return None
+
+
+def _regular(run: RunConfig, devices: int, slices: int) -> Iterator[MeshConfig]:
     experts = getattr(run.model, "experts", None)
     for pipeline in _sizes("pipeline", devices, getattr(run.model, "num_layers", 1)):
         for tensor in _sizes("tensor", devices // pipeline):

@@ -135,7 +135,7 @@ def _waterfall(
     table = Table.grid(padding=(0, 2))
     for justify in ("left", "left", "right", "right"):
         table.add_column(justify=justify, no_wrap=True)
-    width = WIDE_BAR if _is_wide(console) else BAR
+    width = WIDE_BAR if is_wide(console) else BAR
     ascii_only = console.options.ascii_only
     start, tiny = 0.0, []
     for name, value in amounts.items():
@@ -166,7 +166,7 @@ def _piece(start: float, end: float, width: int, ascii_only: bool) -> str:
 
 def _buffers(buffers: Sequence[tuple[int, LiveBuffer]], console: Console) -> None:
     _title(console, f"The {len(buffers)} largest arrays at the peak")
-    if _is_wide(console):
+    if is_wide(console):
         table = _table(("size", "part", "array", "whole", "module", "source", "change"))
         table.columns[0].justify = "right"
         for count, b in buffers:
@@ -204,7 +204,7 @@ def _time(roofline: Roofline, console: Console) -> None:
 
 def _ops(ops: Sequence[Op], roofline: Roofline, console: Console) -> None:
     _title(console, f"The {len(ops)} dearest operations")
-    if _is_wide(console):
+    if is_wide(console):
         head = ("ms a step", "share", "times", "bound", "what", "pass", "module", "work", "source")
         table = _table(head, left=head[3:])
     else:
@@ -213,7 +213,7 @@ def _ops(ops: Sequence[Op], roofline: Roofline, console: Console) -> None:
         seconds = op.exposed * op.times
         figures = (words.milliseconds(seconds), words.percent(seconds / roofline.step_seconds),
                    f"{op.times:,}")  # fmt: skip
-        if _is_wide(console):
+        if is_wide(console):
             rest = (op.bound, op.kind, op.direction, op.module, words.work(op), op.source)
             table.add_row(*figures, *map(escape, rest))
         else:
@@ -232,7 +232,7 @@ def _exchanges(exchanges: Sequence[Exchange], step: float, console: Console) -> 
     if len(dearest) < len(exchanges):
         title = f"The {len(dearest)} dearest of {len(exchanges)} collectives"
     _title(console, title)
-    wide = _is_wide(console)
+    wide = is_wide(console)
     head = ("exposed ms", "ms each", "times", "bytes", "kind", "axes", "pass", "serves", "source")
     table = _table(head, left=head[4:]) if wide else _blocks(("exposed ms", "ms each", "times"))
     for e in dearest:
@@ -265,7 +265,7 @@ def _findings(plan: Plan, console: Console) -> None:
 def _cost(cost: Cost, plan: Plan, console: Console) -> None:
     _title(console, f"Training on {words.amount(cost.tokens)} tokens")
     said = [words.days(cost.days), f"{words.number(cost.chip_hours)} chip-hours"]
-    if cost.dollars:
+    if cost.dollars is not None:
         said.append(f"{words.money(cost.dollars)} at ${cost.dollars_per_chip_hour:g} per chip-hour")
     _say(console, f"{', '.join(said)} on {words.chips(plan.num_chips)}", "bold")
     _say(console, f"price: {cost.price_note}", "dim")
@@ -312,7 +312,7 @@ def _add_block(
     table.add_row(*map(escape, figures), words_)
 
 
-def _is_wide(console: Console) -> bool:
+def is_wide(console: Console) -> bool:
     return console.width >= WIDE
 
 

@@ -91,6 +91,8 @@ def amount(count: float) -> str:
 
 
 def money(dollars: float) -> str:
+    if 0 < dollars < 0.0995:  # small models on the tokens of a search
+        return f"${number(dollars)}"
     return f"${dollars:,.0f}" if dollars >= 100 else f"${dollars:.2f}"
 
 
@@ -120,8 +122,16 @@ def verdict(plan: Plan) -> str:
         return f"fits: {gib(memory.peak)} of {gib(memory.capacity)} GiB per chip ({percent(share)})"
     return (
         f"does not fit: needs {gib(memory.peak)} GiB of {gib(memory.capacity)} per chip "
-        f"({percent(share - 1)} over)"
+        f"({excess(memory)} over)"
     )
+
+
+def excess(memory: Memory) -> str:
+    """By how much a peak is over the capacity: "37.1 %", or where that tells nothing "4.00 MiB"."""
+    missing = memory.peak - memory.capacity
+    share = percent(missing / memory.capacity)
+    alike = gib(memory.peak) == gib(memory.capacity) or share == "0.0 %"
+    return size(missing) if alike else share
 
 
 def subject(plan: Plan) -> str:
@@ -339,5 +349,5 @@ def _ranking_row(plan: Plan) -> dict[str, str]:
         "MFU": percent(time.mfu) if time and time.mfu is not None else "",
         "bound": binding(time)[0].removeprefix("communication ") if time else "",
         "days": number(cost.days) if cost else "",
-        "dollars": money(cost.dollars) if cost and cost.dollars else "",
+        "dollars": money(cost.dollars) if cost and cost.dollars is not None else "",
     }

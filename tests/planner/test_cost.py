@@ -39,9 +39,14 @@ def test_list_price_says_where_it_is_from():
 def test_without_a_price_time_is_still_told():
     chip = next(chip for chip in CHIPS.values() if chip.dollars_per_chip_hour is None)
     cost = cost_of(1e9, 1000.0, 4, chip)
-    assert cost.dollars == 0
+    assert cost.dollars is None
+    assert cost.dollars_per_chip_hour is None
     assert cost.days > 0
     assert "give your own" in cost.price_note
+
+
+def test_what_is_free_costs_nothing():
+    assert cost_of(1e9, 1000.0, 4, CHIPS["tpu7x"], price=0.0).dollars == 0
 
 
 def test_a_negative_price_is_refused():

@@ -55,8 +55,8 @@ def slower(base, factor):
     return dataclasses.replace(base, roofline=roofline)
 
 
-def shown(diff):
-    console = Console(file=io.StringIO(), width=120)
+def shown(diff, width=120):
+    console = Console(file=io.StringIO(), width=width)
     show(diff, console)
     return console.file.getvalue()
 
@@ -112,6 +112,38 @@ def test_time_and_communication_thresholds():
     assert "+10.0%" in text
 
 
+@pytest.mark.parametrize("width", [80, 150, 200])
+def test_a_collective_is_told_whole_on_any_width(width):
+    base = plan()
+    tensors = ("params.stack.layers.attention.projection_of_the_output", "params.embed")
+    one = exchange(tensors[0], kind="reduce-scatter", direction="backward", sent=45.3e6)
+    grown = dataclasses.replace(one, axes="data+fsdp", sent_bytes=91.2e6, exposed=2.4e-3)
+    before, after = (
+        plan(roofline=dataclasses.replace(base.roofline, exchanges=exchanges))
+        for exchanges in ((one, exchange(tensors[1])), (grown,))
+    )
+    names = ("gpt_1b_with_a_long_name", "gpt_1b")
+    text = shown(compare(before, after, *names), width)
+    assert max(map(len, text.splitlines())) <= width
+    for said in (
+        "reduce-scatter data+fsdp, backward", "reduce-scatter fsdp, backward", "all-gather fsdp, forward",
+        "attention.projection_of_the_output", "params.embed", "24 x, 1.01 GiB, 2.40 ms",
+        "24 x, 2.04 GiB, 57.6 ms", "24 x, 22.9 MiB, 2.40 ms", "none", *names,
+    ):  # fmt: skip
+        assert said in text, said
+
+
+def test_names_with_brackets_are_text():
+    names = ("gpt[/x]", "gpt[bold]")
+    memory = dataclasses.replace(plan().memory, capacity=GIB)
+    grown = dataclasses.replace(plan().roofline, exchanges=(exchange("params.head[/y]"),))
+    for width in (80, 200):
+        text = shown(compare(plan(), plan(memory=memory, roofline=grown), *names), width)
+        assert "gpt[/x] fits, gpt[bold] does not fit" in " ".join(text.split())
+        assert text.count("gpt[bold]") >= 3
+        assert "params.head[/y]" in text
+
+
 def test_communication_where_there_was_none_is_over():
     silent = plan(roofline=dataclasses.replace(plan().roofline, exchanges=()))
     (line,) = compare(silent, plan()).exceeds({"communication": 5})
@@ -132,7 +164,15 @@ def test_the_diff_is_json():
 
 
 @pytest.mark.parametrize(
-    ("text", "named"), [("memroy=5", "memory"), ("time=fast", "time=5"), ("memory", "memory=5")]
+    ("text", "named"),
+    [
+        ("memroy=5", "memory"),
+        ("time=fast", "time=5"),
+        ("memory", "memory=5"),
+        ("memory=nan", "at least 0: memory=5"),
+        ("time=inf", "at least 0: time=5"),
+        ("communication=-1", "at least 0: communication=5"),
+    ],
 )
 def test_thresholds_that_cannot_be_read(text, named):
     with pytest.raises(ConfigError, match=named):
@@ -147,6 +187,7 @@ def test_a_plan_survives_json():
     assert plan_from_dict(json.loads(json.dumps(plan().to_dict()))) == plan()
     bare = plan(roofline=None, cost=None)
     assert plan_from_dict(json.loads(json.dumps(bare.to_dict()))) == bare
+    assert "step" not in bare.to_dict()
 
 
 def test_plans_of_other_versions():

@@ -149,6 +149,16 @@ def test_what_cannot_be_sharded_is_refused_in_the_words_of_training():
         estimate(small(train__accumulate_steps=32), parse_target("v5e:2x2"))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "said"), [("splash", "needs a TPU"), ("flash", "choices: auto, splash")]
+)
+def test_a_kernel_that_cannot_run_is_refused_as_a_config(kernel, said):
+    run = small()
+    train = dataclasses.replace(run.train, attention_kernel=kernel)
+    with pytest.raises(ConfigError, match=f"attention kernel '{kernel}'.* {said}"):
+        estimate(dataclasses.replace(run, train=train), parse_target("h100-8"))
+
+
 def test_a_pipeline_pays_for_its_bubble():
     plain = estimate(small(), parse_target("v5e:2x2")).roofline.bounds["compute"]
     piped = small(mesh__pipeline=4, mesh__microbatches=4, mesh__data=1)
@@ -202,3 +212,4 @@ def test_what_does_not_fit_is_told_what_would():
     assert plan.roofline is None
     (cure,) = [finding for finding in plan.findings if finding.kind == "memory"]
     assert estimate(config("llama3_8b", *overrides, *cure.change.split()), target).fits
+    assert f", {100 * (plan.memory.peak / plan.memory.capacity - 1):.1f} % over;" in cure.text

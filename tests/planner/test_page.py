@@ -83,6 +83,31 @@ def test_it_needs_nothing_else(page):
     assert page([fake_plans.plan(), fake_plans.too_large()])[0] == text
 
 
+def test_tables_and_circles_are_read_without_a_mouse(page):
+    """What a circle says when it is pointed at is in a table too, and a heading names its column."""
+    plan = fake_plans.plan()
+    first = plan.roofline.ops[0]
+    ops = tuple(
+        dataclasses.replace(first, module=f"stack.layers.{i}", bytes=first.bytes / (i + 1))
+        for i in range(13)
+    )
+    bounds = {"compute": sum(op.exposed * op.times for op in ops)}
+    time = dataclasses.replace(
+        plan.roofline, ops=ops, bounds=bounds, step_seconds=bounds["compute"]
+    )
+    text, parsed = page([dataclasses.replace(plan, roofline=time)])
+    circles = re.findall(r'class="circle[^>]*title="([^"]*)"', text)
+    assert len(circles) == len(ops)
+    for title in circles:
+        module = re.search(r"stack\.layers\.\d+ ", title)[0]
+        rate, intensity = re.search(r"([\d.]+ TFLOP/s), (.*) FLOPs per byte", title).groups()
+        assert f"{rate}, {intensity} FLOPs per byte" in parsed.text
+        assert module in parsed.text
+    assert "3 more" in parsed.text
+    assert "<th" in text
+    assert not re.findall(r"<th(?! scope=\"col\"|ead)", text)
+
+
 def test_what_others_wrote_is_escaped(page):
     evil = "<script>alert(1)</script>"
     plan = fake_plans.plan(target=evil, config={"model": {"name": evil}})

@@ -56,6 +56,32 @@ def test_what_does_not_fit_begins_with_the_answer():
     assert "to make it fit" not in shown(show_plan, hopeless)
 
 
+def test_a_few_bytes_too_many_are_told_as_such():
+    plan = fake_plans.too_large()
+    capacity = plan.memory.capacity
+    said = {
+        capacity + 4 * 2**20: "does not fit: needs 15.75 GiB of 15.75 per chip (4.00 MiB over)",
+        capacity + 6 * 2**20: "does not fit: needs 15.76 GiB of 15.75 per chip (6.00 MiB over)",
+        capacity + 1: "does not fit: needs 15.75 GiB of 15.75 per chip (1 B over)",
+        capacity + 2**25: "does not fit: needs 15.78 GiB of 15.75 per chip (0.2 % over)",
+    }
+    for peak, text in said.items():
+        memory = dataclasses.replace(plan.memory, peak=peak)
+        assert words.verdict(dataclasses.replace(plan, memory=memory)) == text
+
+
+def test_where_no_price_is_known_no_dollars_are_shown():
+    plan = fake_plans.plan()
+    cost = dataclasses.replace(plan.cost, dollars=None, dollars_per_chip_hour=None)
+    plan = dataclasses.replace(plan, cost=cost)
+    text = shown(show_plan, plan)
+    assert "2.10 days, 3,226 chip-hours on 64 chips" in text
+    assert "$" not in text
+    assert "$" not in shown(show_ranking, [plan])
+    free = dataclasses.replace(cost, dollars=0.0, dollars_per_chip_hour=0.0)
+    assert "$0.00 at $0 per chip-hour" in shown(show_plan, dataclasses.replace(plan, cost=free))
+
+
 def test_what_is_tiny_takes_no_row():
     plan = fake_plans.plan()
     parts = {**plan.memory.parts, "batch": 4096}
@@ -163,7 +189,8 @@ def test_passes_hold_all_operations():
         (words.duration(75), "75.0 s"), (words.percent(0.9999), "100 %"), (words.percent(0.0312), "3.1 %"),
         (words.rate(4.59e14), "459 T"), (words.amount(1.367e9), "1.37 B"), (words.days(0.25), "6.00 hours"),
         (words.days(0.01), "14.4 minutes"), (words.days(3.14), "3.14 days"),
-        (words.money(99.5), "$99.50"), (words.mesh_sizes({"data": 1, "fsdp": 1}), "one device"),
+        (words.money(99.5), "$99.50"), (words.money(0), "$0.00"), (words.money(0.0123), "$0.0123"),
+        (words.mesh_sizes({"data": 1, "fsdp": 1}), "one device"),
         (words.mesh_sizes({"data": 2, "pipeline": 1, "fsdp": 8}), "data 2 × fsdp 8"),
     ],
 )  # fmt: skip
