@@ -185,9 +185,10 @@ def parse_slices(name: str) -> Slices:
 def _by_likeness(word: str) -> list[str]:
     """The known names; one that begins alike, as generations of one maker do, comes before another."""
     word = word.lower()
-    likeness = lambda known: (
-        difflib.SequenceMatcher(None, word, known).ratio() + 0.3 * (word[:1] == known[0])
-    )
+
+    def likeness(known):
+        return difflib.SequenceMatcher(None, word, known).ratio() + 0.3 * (word[:1] == known[0])
+
     return sorted((*CHIPS, "local"), key=likeness, reverse=True)
 
 

@@ -144,7 +144,10 @@ def test_groups_that_interleave_share_the_links_between(kind, span, sent):
 
 def test_part_of_an_axis_is_what_its_group_runs_over():
     mesh = (MeshAxis("fsdp", 16, (ring(4, 1), ring(4, 0))),)
-    part = lambda group: links.crossing(collective("all-gather", 8, np.array([group])), mesh).spans
+
+    def part(group):
+        return links.crossing(collective("all-gather", 8, np.array([group])), mesh).spans
+
     assert part([0, 1, 2, 3]) == (ring(4, 0),)
     assert part([0, 4, 8, 12]) == (ring(4, 1),)
     assert part([0, 2]) == (Span("link", 0, 2, True, 2),)
