@@ -5,6 +5,7 @@ starts no devices and loads no compiler, and imports nothing heavy before the fl
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -13,7 +14,7 @@ from llm_jax.core import flags
 from llm_jax.core.config import ConfigError
 
 STATUSES = """Exit status: 0 if it fits (of several targets: one of them), 2 if it does not, 1 after an
-error or an increase over --max_increase, 130 after Ctrl-C, which keeps what was there until then."""
+error or an increase over --max_increase, 130 after Ctrl-C or SIGTERM, which keep what was there until then."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,6 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    # So that a CI job's time limit, too, ends the compilers and tidies up after them.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = flags.parse(make_parser())
     _check(arguments)
     import jax

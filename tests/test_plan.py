@@ -276,7 +276,8 @@ def test_the_table_of_the_docs_is_what_its_command_prints():
     assert docs[docs.index(head) + 2].startswith("| gpt_1b | 26b |")
 
 
-def test_ctrl_c_of_the_command(tmp_path):
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_of_the_command(ended_by, tmp_path):
     """While it compiles; the compiler goes with it."""
     process = subprocess.Popen(
         [sys.executable, *PLAN, "--topology", "local", "--cache", tmp_path],
@@ -286,7 +287,7 @@ def test_ctrl_c_of_the_command(tmp_path):
     while not list(tmp_path.glob(".compiling-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(ended_by)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert b"Traceback" not in errors

@@ -1,5 +1,6 @@
 """What is shown, written and returned for each way of asking for a plan."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -12,6 +13,7 @@ from rich.console import Console
 from llm_jax.core.config import load
 from llm_jax.data.progress import make_progress
 from llm_jax.planner import diff, search, words
+from llm_jax.planner.cure import with_tried_cure
 from llm_jax.planner.hunt import Objective
 from llm_jax.planner.page import write_page
 from llm_jax.planner.plan import Plan
@@ -74,6 +76,8 @@ def _report(run: RunConfig, question: Question, console: Console) -> int:
     alone = len(question.topology) == 1
     if alone and failures:
         raise failures[question.topology[0]]
+    if alone and plans and not plans[0].fits and not plans[0].estimated:
+        plans = (_cured(plans[0], run, question),)
     if plans or not answers.interrupted:
         content = [plan.to_dict() for plan in plans]
         _publish(question, content[0] if alone else {"plans": content}, plans)
@@ -89,6 +93,13 @@ def _report(run: RunConfig, question: Question, console: Console) -> int:
         print(f"stopped before there was an answer for {missing}", file=sys.stderr)
         return INTERRUPTED
     return FAILED if failures else _status(plans)
+
+
+def _cured(plan: Plan, run: RunConfig, question: Question) -> Plan:
+    make_progress().say(f"{plan.target} {words.verdict(plan)}; compiling what would make it fit")
+    with contextlib.suppress(KeyboardInterrupt):  # the plan is there
+        return with_tried_cure(plan, run, lambda changed: _plan(changed, question))
+    return plan
 
 
 def _search(run: RunConfig, question: Question, console: Console) -> int:

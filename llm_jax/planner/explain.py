@@ -16,6 +16,7 @@ from rich.console import Console
 from llm_jax.core.flags import RunError
 from llm_jax.planner import words
 from llm_jax.planner.chips import device_memory
+from llm_jax.planner.cure import with_tried_cure
 from llm_jax.planner.layout import arguments_of
 from llm_jax.planner.make import make_plan
 from llm_jax.planner.plan import Plan
@@ -91,7 +92,9 @@ def out_of_memory(error: Exception, run: RunConfig) -> RunError | None:
         # The frames of the run hold its arrays; the compiler may need the memory.
         traceback.clear_frames(error.__traceback__)
         try:
-            plan = plan_here(build_program(run, make_mesh(run.mesh)), run)
+            plan = _plan_of(run)
+            if not plan.fits:
+                plan = with_tried_cure(plan, run, _plan_of)
             show_plan(plan, Console(stderr=True))
         except Exception as failure:  # whatever it is, it must not hide what ended the run
             kind = "" if isinstance(failure, RunError) else f"{type(failure).__name__}: "
@@ -101,14 +104,17 @@ def out_of_memory(error: Exception, run: RunConfig) -> RunError | None:
         return RunError(f"{asked}; {_reason(plan)}")
 
 
+def _plan_of(run: RunConfig) -> Plan:
+    return plan_here(build_program(run, make_mesh(run.mesh)), run)
+
+
 def _reason(plan: Plan) -> str:
     if plan.fits:
         return (
             f"a training step by itself {words.verdict(plan)}: something else holds the rest, another "
             "program or another part of this run"
         )
-    changes = [f.text for f in plan.findings if f.kind == "memory" and f.change]
-    return changes[0] if changes else f"a training step {words.verdict(plan)}"
+    return next(finding.text for finding in plan.findings if finding.kind == "memory")
 
 
 def _stage(error: Exception) -> str:

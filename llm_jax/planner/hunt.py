@@ -20,11 +20,11 @@ from llm_jax.planner.pace import pace
 from llm_jax.planner.placement import Placement, pipeline_turns, place
 from llm_jax.planner.plan import Plan
 from llm_jax.planner.space import (
-    REMAT,
     Overrides,
     accumulations,
     meshes,
     overrides_of,
+    policies,
     summary_of,
     with_choice,
 )
@@ -114,19 +114,20 @@ class Hunt:
         smallest, refusal = None, ""
         for mesh in meshes(run, target):
             base: Placement | None = None
+            kept = policies(mesh)
             for steps in accumulations(run):
-                self.considered += len(REMAT)
-                choice = with_choice(run, mesh, REMAT[0], steps)
+                self.considered += len(kept)
+                choice = with_choice(run, mesh, kept[0], steps)
                 try:
                     base = place(choice, target) if base is None else _accumulating(base, choice)
-                    policies = [
-                        _candidate(with_choice(run, mesh, remat, steps), base) for remat in REMAT
+                    found = [
+                        _candidate(with_choice(run, mesh, remat, steps), base) for remat in kept
                     ]
                 except ConfigError as error:
-                    self.pruned["cannot be sharded"] += len(REMAT)
+                    self.pruned["cannot be sharded"] += len(kept)
                     refusal = refusal or str(error)
                     continue
-                for candidate in policies:
+                for candidate in found:
                     if smallest is None or candidate.peak < smallest:
                         smallest = candidate.peak
                     if candidate.peak <= _HOPE * target.chip.hbm_bytes:

@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 from llm_jax.planner.advice import advise
-from llm_jax.planner.chips import chip_of
+from llm_jax.planner.chips import Chip, chip_of
 from llm_jax.planner.collectives import Namer, name_exchanges
 from llm_jax.planner.compiled import CompiledStep
 from llm_jax.planner.cost import cost_of
 from llm_jax.planner.lint import lint
 from llm_jax.planner.logical import name_shapes
 from llm_jax.planner.memory import read_memory
-from llm_jax.planner.plan import Memory, Plan
+from llm_jax.planner.plan import Finding, Memory, Plan, Roofline
 from llm_jax.planner.roofline import read_roofline
 from llm_jax.planner.topology import Target
 
@@ -41,6 +42,7 @@ def make_plan(
     memory, advice = advise(step, memory, roofline, chip.hbm_bytes)
     memory = name_shapes(memory, step)
     findings = advice if namer is None else (*advice, *lint(namer, roofline))
+    findings += tuple(_left_out(roofline, chip))
     # Of a program that was never finished there are no cycles: its communication can be looked at,
     # its time not told.
     timed = None if step.out_of_memory else roofline
@@ -66,6 +68,21 @@ def make_plan(
         return plan
     cost = cost_of(tokens, timed.tokens_per_second, target.num_chips, chip, price)
     return dataclasses.replace(plan, cost=cost)
+
+
+def _left_out(roofline: Roofline | None, chip: Chip) -> Iterator[Finding]:
+    """What the time of a step does not have."""
+    if roofline is None:
+        return
+    if roofline.exchanges and chip.link_bytes_per_second is None:
+        text = f"the links of {chip.name} are in no table: collectives take no time in this plan"
+        yield Finding("note", text)
+    if roofline.unknown_loops:
+        text = (
+            f"loops in {', '.join(roofline.unknown_loops)} do not state how often they turn, and count "
+            "once: a step takes longer than this plan says"
+        )
+        yield Finding("note", text)
 
 
 def _with_lines(memory: Memory, namer: Namer) -> Memory:

@@ -144,7 +144,7 @@ class Finding:
     bytes: memory that it costs per chip; seconds: of a step.
     """
 
-    kind: Literal["memory", "replicated", "gather", "resharding", "logits", "communication", "note"]
+    kind: Literal["memory", "replicated", "gather", "resharding", "logits", "note"]
     text: str
     source: str = ""
     bytes: int = 0

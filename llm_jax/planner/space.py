@@ -106,6 +106,12 @@ def accumulations(run: RunConfig) -> list[int]:
     return sorted(n for n in sizes if run.train.batch_size % n == 0)
 
 
+def policies(mesh: MeshConfig) -> tuple[RematPolicy, ...]:
+    """What the forward pass may keep. libtpu 0.0.42 fails on pipelines that keep it in the host's memory."""
+    pipelined = mesh.pipeline * mesh.dcn.pipeline > 1
+    return tuple(policy for policy in REMAT if policy != "offload" or not pipelined)
+
+
 def with_choice(run: RunConfig, mesh: MeshConfig, remat: str, accumulate_steps: int) -> RunConfig:
     return dataclasses.replace(
         run,
