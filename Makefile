@@ -13,8 +13,9 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 train: $(VENV)/.train
 	$(BIN)/python -m llm_jax.train --config configs/gpt_tiny.py --workdir $(WORKDIR)
 
+# Files in their own order: xdist would leave those of few tests for the end, which are the longest.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

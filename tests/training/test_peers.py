@@ -155,6 +155,7 @@ import jax
 from jax.experimental import multihost_utils
 from llm_jax.core.flags import RunError, run_entry
 from llm_jax.sharding.distributed import start_distributed
+from llm_jax.training import peers
 from llm_jax.training.guard import StopRequest
 from llm_jax.training.peers import explaining, watching
 
@@ -278,6 +279,7 @@ def test_the_others_wait_for_process_0_to_explain(script):
 
 def test_nobody_waits_for_an_explanation_that_does_not_come(script):
     job = script(2, """
+        peers._UNTIL_EXPLAINING_MS = 2_000
         if index == 1:
             with explaining():
                 pass
