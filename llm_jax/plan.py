@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--search", action="store_true", help="try meshes, remat policies and microbatches on the slices named, or on all of at most --max_chips")  # fmt: skip
     add("--rank", choices=("time", "cost"), default="time", help="what the search is for")
     add("--max_chips", type=int, default=256, metavar="N", help="for a search without names (%(default)s)")  # fmt: skip
-    add("--compiles", type=int, default=8, metavar="N", help="the most that a search compiles (%(default)s)")  # fmt: skip
+    add("--compiles", type=int, default=7, metavar="N", help="the most that a search compiles (%(default)s)")  # fmt: skip
     add("--jobs", type=int, default=2, metavar="N", help="compilations at a time (%(default)s)")
     add("--write_config", type=Path, metavar="FILE.py", help="where the search leaves the best, to train with")  # fmt: skip
     add("--compare", metavar="OTHER", help="a config file as it is, or this config at another commit: both side by side")  # fmt: skip
