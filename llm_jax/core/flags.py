@@ -18,6 +18,11 @@ class RunError(RuntimeError):
     """Something went wrong in a run that the user can act on; the message is one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, or its name if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def make_parser(
     module: str, description: str, *, config: bool, workdir: bool = True
 ) -> argparse.ArgumentParser:

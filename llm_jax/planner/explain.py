@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from llm_jax.core.flags import RunError
+from llm_jax.core.flags import RunError, first_line
 from llm_jax.planner import words
 from llm_jax.planner.chips import device_memory
 from llm_jax.planner.cure import with_tried_cure
@@ -22,7 +22,7 @@ from llm_jax.planner.make import make_plan
 from llm_jax.planner.plan import Plan
 from llm_jax.planner.terminal import show_plan
 from llm_jax.planner.topology import parse_target
-from llm_jax.planner.worker import compile_here, first_line
+from llm_jax.planner.worker import compile_here
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.training import peers
 from llm_jax.training.config import RunConfig

@@ -25,7 +25,7 @@ import jax
 from jax.sharding import Mesh
 
 from llm_jax.core.config import ConfigError, to_dict
-from llm_jax.core.flags import RunError
+from llm_jax.core.flags import RunError, first_line
 from llm_jax.metrics import throughput
 from llm_jax.planner import chips, compiled, layout, rates, topology
 from llm_jax.planner.chips import device_memory, find_chip
@@ -61,11 +61,6 @@ def _die_with_parent() -> None:
 def _raised_here(error: Exception) -> bool:
     package = str(Path(__file__).resolve().parents[1])
     return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(package)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, or its name if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _answer(request: Request, folder: Path, cache: Path | None) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from typing import Any
 import jax
 from jax._src import distributed
 
+from llm_jax.core.flags import first_line
+
 PEER_LOST = os.EX_TEMPFAIL  # 75: nothing is wrong with this process; start it again
 _ROOT = "llm_jax"
 _BEATS, _STEPS, _NOTICES = f"{_ROOT}/beat", f"{_ROOT}/step", f"{_ROOT}/notice"
@@ -77,7 +79,7 @@ def watching(timeout: float, checkpoints: Path) -> Iterator[None]:
     except BaseException as error:
         if _from_a_collective(error):
             watch.wait_for_the_cause()
-        watch.announce(f"ended: {_first_line(error)}")
+        watch.announce(f"ended: {first_line(error)}")
         _leave_without_the_others()
         raise
     finally:
@@ -178,9 +180,8 @@ class Watch:
         if self._index == 0:
             self._say(_EXPLAINED)
             return
-        with contextlib.suppress(
-            jax.errors.JaxRuntimeError
-        ):  # it has met no such error, or is gone
+        # Process 0 may have met no such error, or be gone.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.blocking_key_value_get(_EXPLAINING, _UNTIL_EXPLAINING_MS)
             self._client.blocking_key_value_get(_EXPLAINED, _UNTIL_EXPLAINED_MS)
 
@@ -332,11 +333,6 @@ def _from_a_collective(error: BaseException) -> bool:
             return "RESOURCE_EXHAUSTED" not in str(error)
         error = error.__cause__ or error.__context__
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
 
 
 def _leave_without_the_others() -> None:
