@@ -9,9 +9,13 @@ Reserved batch keys, all host arrays of a batch have the global batch size B as 
 | loss_weights   | [B, T]         | float32 | 0 where a position has no target (padding, document borders)  |
 | segment_ids    | [B, T]         | int32   | 1, 2, ... one per packed document; 0 is padding               |
 | positions      | [B, T]         | int32   | position inside the document, from 0                          |
-| encoder_tokens | [B, S]         | int32   | input of an encoder                                           |
+| encoder_tokens | [B, S]         | int32   | input of an encoder; also encoder_segment_ids, _positions     |
+| token_types    | [B, T]         | int32   | 0 and 1: the first and the second text of a pair (BERT)       |
+| predict_positions | [B, P]      | int32   | where the targets are, if not everywhere: targets and         |
+|                |                |         | loss_weights are [B, P] then, and so is the model's `hidden`  |
 | images         | [B, Y, X, C]   | float32 | pixels in 0..1                                                |
 | labels         | [B]            | int32   | class of a whole example                                      |
+| label_weights  | [B]            | float32 | 0 where a row is padding                                      |
 """
 
 import dataclasses
@@ -28,13 +32,17 @@ Batch = Mapping[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The matmul from hidden states to logits: `einsum(spec, hidden, weights)`.
+    """From hidden states to logits: `einsum(spec, hidden, weights) + bias`, then the soft cap.
 
-    weights: [V, D] with spec "btd,vd->btv" (the embedding again), [D, V] with "btd,dv->btv".
+    weights:  [V, D] with spec "btd,vd->btv" (the embedding again), [D, V] with "btd,dv->btv".
+    bias:     [V] float32 (BERT), or None.
+    soft_cap: logits become cap * tanh(logits / cap) (Gemma 2, section 2).
     """
 
     weights: jax.Array
     spec: str = dataclasses.field(metadata={"static": True})
+    bias: jax.Array | None = None
+    soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +55,7 @@ class ModelOutput:
     hidden:   [B, T, D] in the compute dtype, after the final norm.
     head:     what makes the logits of `hidden`, for losses that do without them.
     cache:    the advanced generation cache, if one was given.
+    class_logits: [B, C] float32, of a head over whole examples.
     aux_loss: scalar added to the objective's loss (router losses).
     metrics:  what else a step reports, such as the experts' load.
     captured: tensors asked for by `capture=(name, ...)`.
@@ -56,6 +65,7 @@ class ModelOutput:
     hidden: jax.Array | None = None
     head: Head | None = None
     cache: Any = None
+    class_logits: jax.Array | None = None
     aux_loss: jax.Array | float = 0.0
     metrics: "dict[str, Weighted]" = dataclasses.field(default_factory=dict)
     captured: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -113,6 +123,9 @@ class Tokenizer(Protocol):
 
     def id_to_piece(self, token_id: int) -> str:
         """How to show one token to a person."""
+
+    def token_id(self, piece: str) -> int | None:
+        """The id of a special token by its text, such as "[MASK]"; None if there is none."""
 
     def save(self, directory: Path) -> None:
         """Writes the files `load_tokenizer(directory)` needs."""

@@ -18,12 +18,19 @@ from llm_jax.nn.mask import Places
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """keys, values: one [B, K, S, H] per layer; places: [B, S]; length: scalar int32 <= S."""
+    """keys, values: one [B, K, S, H] per layer; places: [B, S]; length: scalar int32 <= S.
+
+    memory_keys, memory_values, memory_places: the same of what cross-attention sees, which stays as it
+    is from the first token on; empty in a decoder without an encoder.
+    """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     places: Places
     length: jax.Array
+    memory_keys: tuple[jax.Array, ...] = ()
+    memory_values: tuple[jax.Array, ...] = ()
+    memory_places: Places | None = None
 
     @classmethod
     def empty(
@@ -70,7 +77,7 @@ class KVCache:
         keys, values = (
             tuple(jnp.pad(a, in_head) for a in arrays) for arrays in (self.keys, self.values)
         )
-        return KVCache(keys, values, places, self.length)
+        return dataclasses.replace(self, keys=keys, values=values, places=places)
 
     def advanced(self, num_tokens: int) -> "KVCache":
         return dataclasses.replace(self, length=self.length + num_tokens)

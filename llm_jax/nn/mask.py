@@ -30,17 +30,23 @@ class Places:
 
 
 def attention_mask(
-    queries: Places, keys: Places, *, causal: bool, window: int | None = None
+    queries: Places,
+    keys: Places,
+    *,
+    causal: bool,
+    window: int | None = None,
+    prefix: jax.Array | None = None,
 ) -> jax.Array:
     """True where a query sees a key: [B, T, S] bool for places of [B, T] and [B, S].
 
     Args:
       window: the query sees keys at a distance below it, itself included; None: at any distance.
+      prefix: [B, S], 1 for keys that their whole segment sees, even what stands before them.
     """
     mask = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
     query, key = queries.positions[:, :, None], keys.positions[:, None, :]
     if causal:
-        mask &= query >= key
+        mask &= (query >= key) if prefix is None else (query >= key) | (prefix[:, None] > 0)
     if window is not None:
         mask &= query - key < window
         if not causal:

@@ -14,9 +14,12 @@ from llm_jax.nn.precision import Precision, sum_rows
 
 @dataclasses.dataclass(frozen=True)
 class NormConfig:
+    """unit_offset: the factor is 1 + scale, and scale starts at 0 (Gemma)."""
+
     kind: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     epsilon: float = 1e-5
     bias: bool = False  # LayerNorm only
+    unit_offset: bool = False
 
     def __post_init__(self):
         if self.bias and self.kind == "rmsnorm":
@@ -36,12 +39,14 @@ class Norm(nnx.Module):
         axis: str = "features",
     ):
         self.config, self.precision = config, precision
-        self.scale = param(rngs, (size,), (axis,), ones)
+        self.scale = param(rngs, (size,), (axis,), zeros if config.unit_offset else ones)
         if config.bias:
             self.bias = param(rngs, (size,), (axis,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _normalize(self.config, self.precision.wide_output, x, self.scale[...])
+        scale = self.scale[...]
+        scale = 1 + scale if self.config.unit_offset else scale
+        y = _normalize(self.config, self.precision.wide_output, x, scale)
         return self.precision.add_bias(y, self.bias[...]) if self.config.bias else y
 
 

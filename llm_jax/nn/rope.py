@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021, RoFormer), with the Llama 3 length scaling.
+"""Rotary position embeddings (Su et al. 2021, RoFormer), with two ways of scaling them for length.
 
 The two members of a rotated pair lie half a head apart, as in Hugging Face and GPT-NeoX, so that
 their weights load without a permutation.
@@ -7,6 +7,7 @@ their weights load without a permutation.
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,13 @@ from llm_jax.nn.kernels.spec import Layout
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Stretches slow frequencies for longer contexts (Llama 3.1 model card, `rope_type: llama3`)."""
+    """Stretches frequencies for longer contexts.
 
+    kind: "llama3" the slow ones (Llama 3.1 model card), "linear" all of them (Chen et al. 2023; Gemma 3),
+    by `factor` alone.
+    """
+
+    kind: Literal["llama3", "linear"] = "llama3"
     factor: float = 8.0
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
@@ -44,7 +50,9 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     """Radians per position of each pair: [H/2] float32."""
     frequencies = config.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     scaling = config.scaling
-    if scaling is not None:
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
         wavelength = 2 * math.pi / frequencies
         turns = scaling.original_max_length / wavelength
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor

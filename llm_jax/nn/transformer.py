@@ -1,118 +1,37 @@
-"""The one Transformer core: a block and a stack of them.
+"""The one Transformer core: a stack of blocks (nn/block.py).
 
 The stack holds its layers as one block whose parameters have a leading layer axis, and runs them
-with `jax.lax.scan`: compile time does not grow with depth. Over a mesh with stages it runs them as a
+with `jax.lax.scan`: compile time does not grow with depth. Where layers differ in turn, as windowed and
+global ones do, a turn of the loop is one period of them. Over a mesh with stages it runs them as a
 pipeline (nn/pipeline.py). Generation runs them one by one, because
 slicing a stacked parameter costs a copy of it for every token: see `unstack`.
 """
-
-import dataclasses
-from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm_jax.core.param import normal
-from llm_jax.nn.attention import Attention, AttentionConfig, Sight, see
+from llm_jax.nn.attention import Memory, see
+from llm_jax.nn.block import (
+    Block,
+    Capture,
+    LocalLayers,
+    StackOutput,
+    TransformerConfig,
+    View,
+    dropout,
+)
 from llm_jax.nn.cache import KVCache
+from llm_jax.nn.kernels.spec import AttentionSpec
 from llm_jax.nn.mask import Places
-from llm_jax.nn.mlp import Mlp, MlpConfig
-from llm_jax.nn.moe import Moe, MoeConfig, RouterSums
-from llm_jax.nn.norm import Norm, NormConfig
 from llm_jax.nn.pipeline import run_pipeline
 from llm_jax.nn.precision import Precision
-from llm_jax.nn.remat import RematPolicy, name_input, remat
-from llm_jax.nn.rope import RopeConfig, rope_tables
-from llm_jax.sharding.rules import active_rules, constrain
+from llm_jax.nn.relative import RelativeBias
+from llm_jax.nn.remat import remat
+from llm_jax.nn.rope import rope_tables
+from llm_jax.sharding.rules import active_rules
 
-Capture = Literal["attention", "residual"]
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """scan_unroll: layers in one turn of the loop over layers; see models/gpt/config.py."""
-
-    embed_dim: int
-    num_layers: int
-    attention: AttentionConfig
-    mlp: MlpConfig | MoeConfig
-    norm: NormConfig
-    rope: RopeConfig | None = None
-    dropout: float = 0.0
-    remat: RematPolicy = "none"
-    init_stddev: float = 0.02
-    scan_unroll: int = 1
-
-
-class StackOutput(NamedTuple):
-    """Of a block or a stack: x [B, T, D], the advanced cache, tensors asked for, router statistics.
-
-    router: RouterSums of the mixture of experts, of a stack [L, ...] each; None without experts.
-    """
-
-    x: jax.Array
-    cache: KVCache | None
-    captured: dict[str, jax.Array]
-    router: RouterSums | None
-
-
-class Block(nnx.Module):
-    """Pre-norm residual block: attention, then MLP."""
-
-    def __init__(self, config: TransformerConfig, *, precision: Precision, rngs: nnx.Rngs):
-        self.config = config
-        # The residual stream sums 2L outputs, so each starts smaller (GPT-2, section 2.3).
-        out_init = normal(config.init_stddev / (2 * config.num_layers) ** 0.5)
-        makers = {
-            "init": normal(config.init_stddev), "out_init": out_init,
-            "precision": precision, "rngs": rngs,
-        }  # fmt: skip
-        self.attention_norm = Norm(config.embed_dim, config.norm, precision=precision, rngs=rngs)
-        self.attention = Attention(config.embed_dim, config.attention, **makers)
-        self.mlp_norm = Norm(config.embed_dim, config.norm, precision=precision, rngs=rngs)
-        mlp = Moe if isinstance(config.mlp, MoeConfig) else Mlp
-        self.mlp = mlp(config.embed_dim, config.mlp, **makers)
-
-    @jax.named_scope("layers")
-    def __call__(
-        self,
-        x: jax.Array,
-        sight: Sight,
-        *,
-        rope: tuple[jax.Array, jax.Array] | None,
-        key: jax.Array | None = None,
-        cache: KVCache | None = None,
-        layer: int | None = None,
-        capture: tuple[Capture, ...] = (),
-    ) -> StackOutput:
-        """x: [B, T, D]; key: drops units when given."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        x = name_input(x)
-        with jax.named_scope("attention_norm"):
-            y = self.attention_norm(x)
-        with jax.named_scope("attention"):
-            y, weights, cache = self.attention(
-                y,
-                sight,
-                rope=rope,
-                cache=cache,
-                layer=layer,
-                keep_weights="attention" in capture,
-            )
-        x = x + dropout(y, self.config.dropout, keys[0])
-        x = constrain(x, "batch", "residual_length", "activation_embed")
-        with jax.named_scope("mlp_norm"):
-            y, router = self.mlp_norm(x), None
-        with jax.named_scope("mlp"):
-            if isinstance(self.mlp, Moe):
-                y, router = self.mlp(y, sight.queries.segment_ids > 0)
-            else:
-                y = self.mlp(y)
-        x = x + dropout(y, self.config.dropout, keys[1])
-        x = constrain(x, "batch", "residual_length", "activation_embed")
-        available = {"attention": weights, "residual": x}
-        return StackOutput(x, cache, {name: available[name] for name in capture}, router)
+__all__ = ["LocalLayers", "Memory", "Stack", "TransformerConfig", "dropout", "stacked", "unstack"]
 
 
 class Stack(nnx.Module):
@@ -120,6 +39,14 @@ class Stack(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, precision: Precision, rngs: nnx.Rngs):
         self.config, self.precision = config, precision
+        if config.relative_bias is not None:
+            self.relative_bias = RelativeBias(
+                config.attention.num_heads,
+                config.relative_bias,
+                causal=config.attention.spec.causal,
+                stddev=config.init_stddev,
+                rngs=rngs,
+            )
         self.layers = stacked(
             lambda rngs: Block(config, precision=precision, rngs=rngs), config.num_layers, rngs
         )
@@ -129,6 +56,8 @@ class Stack(nnx.Module):
         x: jax.Array,
         places: Places,
         *,
+        memory: Memory | None = None,
+        prefix: jax.Array | None = None,
         key: jax.Array | None = None,
         cache: KVCache | None = None,
         capture: tuple[Capture, ...] = (),
@@ -138,24 +67,27 @@ class Stack(nnx.Module):
         Args:
           x: [B, T, D] in the compute dtype.
           places: of the T tokens.
+          memory: what cross-attention sees; with a cache its keys and values are there already.
+          prefix: [B, T], 1 for tokens that their whole segment sees, though attention is causal.
           key: one key for the dropout of all layers, or None for no dropout.
           cache: continues generation; the T tokens are appended.
-          capture: "residual" gives [L, B, T, D] after each block, "attention" [L, B, K, G, T, S].
+          capture: "residual" gives [L, B, T, D] after each block, "attention" and "cross_attention"
+            [L, B, K, G, T, S].
         """
         apart = isinstance(self.layers, nnx.List)
         rules = active_rules()
         if cache is None and not apart and rules is not None and rules.shares("stage") > 1:
-            return self._pipeline(x, places, key, capture, rules)
+            self._check_pipeline(capture, prefix)
+            return self._pipeline(x, places, key, rules)
         if cache is not None:
             cache = cache.with_places(places)
-        keys = places if cache is None else cache.places
-        sight, rope = self._prepare(places, keys, cache is not None, capture)
+        views = self._views(places, cache, memory, prefix, capture)
         if cache is None and not apart:
-            return self._scan(x, sight, rope, key, capture)
+            return self._scan(x, views, key, capture)
         rows = []
         for layer, block in enumerate(self.blocks()):
             out = block(
-                x, sight, rope=rope, key=layer_key(key, layer), cache=cache, layer=layer,
+                x, views[layer % len(views)], key=layer_key(key, layer), cache=cache, layer=layer,
                 capture=capture,
             )  # fmt: skip
             x, cache = out.x, out.cache
@@ -172,46 +104,106 @@ class Stack(nnx.Module):
             for i in range(self.config.num_layers)
         ]
 
-    def _prepare(self, places, keys, cached, capture):
-        """What all layers share: (sight, rope tables or None)."""
-        config = self.config
-        sight = see(
-            config.attention, self.precision, places, keys,
-            cached=cached, keep_weights="attention" in capture,
-        )  # fmt: skip
-        rope = config.rope and rope_tables(config.rope, config.attention.head_dim, places.positions)
-        return sight, rope
+    def memory_keys_values(self, memory: Memory) -> tuple[tuple[jax.Array, ...], ...]:
+        """What cross-attention of each layer sees, for a KVCache: keys and values [B, K, S, H]."""
+        pairs = [block.cross_attention.keys_values(memory.x, "bnth") for block in self.blocks()]
+        return tuple(zip(*pairs, strict=True))
 
-    def _scan(self, x, sight, rope, key, capture):
+    def _views(self, places, cache, memory, prefix, capture) -> list[View]:
+        """Of each layer of a period."""
+        config, p = self.config, self.precision
+        keys = places if cache is None else cache.places
+        bias = self._bias(places, cache)
+        reference = cache is not None or bias is not None or "attention" in capture
+        across = None
+        if config.cross_attention:
+            seen = memory.places if cache is None else cache.memory_places
+            # The memory is another row: its positions say nothing of what may be seen.
+            spec = AttentionSpec(causal=False)
+            across = see(config.attention, p, places, seen, spec=spec, reference=True)
+        views = []
+        for spec, rope in config.kinds:
+            tables = rope and rope_tables(rope, config.attention.head_dim, places.positions)
+            sight = see(
+                config.attention, p, places, keys, spec=spec, reference=reference, prefix=prefix
+            )
+            views.append(View(sight, tables, bias, memory, across))
+        return [views[0]] * (config.period - 1) + [views[-1]]
+
+    def _bias(self, places: Places, cache: KVCache | None) -> jax.Array | None:
+        if self.config.relative_bias is None:
+            return None
+        rules = active_rules()
+        if rules is not None and rules.shares("length") > 1:
+            raise ValueError(
+                "relative biases need whole sequences: use a mesh with context=1 for this model"
+            )
+        with jax.named_scope("relative_bias"):
+            length = places.positions.shape[1]
+            if cache is None:
+                return self.relative_bias(length, length)
+            return self.relative_bias.after(cache.length, length, cache.places.positions.shape[1])
+
+    def _scan(self, x, views, key, capture):
         graphdef, state = nnx.split(self.layers)
-
-        def body(x, layer):
-            index, state = layer
-            block = nnx.merge(graphdef, state)
-            out = block(x, sight, rope=rope, key=layer_key(key, index), capture=capture)
-            return out.x, (out.captured, out.router)
-
-        num_layers = self.config.num_layers
-        unroll = min(self.config.scan_unroll, num_layers)
+        num_layers, period = self.config.num_layers, self.config.period
+        turns = num_layers // period
+        unroll = max(1, min(self.config.scan_unroll // period, turns))
         # A loop of one turn is none, and the layers that are left over are in none.
-        unrolled = unroll == num_layers or num_layers % unroll > 0
-        body = remat(body, self.config.remat, unrolled=unrolled)
-        layers = (jnp.arange(num_layers), state)
-        x, (captured, router) = jax.lax.scan(body, x, layers, unroll=unroll)
+        unrolled = unroll == turns or turns % unroll > 0
+
+        def run(x, index, state, place, unrolled):
+            def layer(x, index, state):
+                block = nnx.merge(graphdef, state)
+                out = block(x, views[place], key=layer_key(key, index), capture=capture)
+                return out.x, (out.captured, out.router)
+
+            return remat(layer, self.config.remat, unrolled=unrolled)(x, index, state)
+
+        def body(x, group):
+            first, state = group
+            rows = []
+            for place in range(period):
+                mine = jax.tree.map(lambda a, place=place: a[place], state) if period > 1 else state
+                x, row = run(x, first + place, mine, place, unrolled)
+                rows.append(row)
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows) if period > 1 else row
+
+        whole = turns * period
+        groups = state
+        if period > 1:
+            groups = jax.tree.map(lambda a: a[:whole].reshape(turns, period, *a.shape[1:]), state)
+        x, rows = jax.lax.scan(body, x, (jnp.arange(turns) * period, groups), unroll=unroll)
+        if period > 1:
+            rows = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), rows)
+        for index in range(whole, num_layers):
+            mine = jax.tree.map(lambda a, index=index: a[index], state)
+            x, row = run(x, index, mine, index - whole, True)
+            rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), rows, row)
+        captured, router = rows
         return StackOutput(x, None, captured, router)
 
-    def _pipeline(self, x, places, key, capture, rules):
+    def _check_pipeline(self, capture, prefix) -> None:
+        config = self.config
+        obstacles = {
+            f"capture={capture}": bool(capture),
+            f"global_every={config.period}": config.local is not None,
+            "a relative bias": config.relative_bias is not None,
+            "cross-attention": config.cross_attention,
+            "a prefix": prefix is not None,
+        }
+        for what, stands in obstacles.items():
+            if stands:
+                raise ValueError(f"{what} cannot be split into stages: use a mesh with pipeline=1")
+
+    def _pipeline(self, x, places, key, rules):
         """Each microbatch draws its own dropout, so dropout differs from that of `_scan`."""
-        if capture:
-            raise ValueError(
-                f"capture={capture} needs all layers in one place: use a mesh with pipeline=1"
-            )
         graphdef, state = nnx.split(self.layers)
 
         def layer(state, index, x, places, microbatch):
-            sight, rope = self._prepare(places, places, False, ())
+            view = self._views(places, None, None, None, ())[0]
             mine = None if key is None else jax.random.fold_in(key, microbatch)
-            out = nnx.merge(graphdef, state)(x, sight, rope=rope, key=layer_key(mine, index))
+            out = nnx.merge(graphdef, state)(x, view, key=layer_key(mine, index))
             return out.x, out.router
 
         x, router = run_pipeline(remat(layer, self.config.remat), state, x, places, rules)
@@ -220,14 +212,6 @@ class Stack(nnx.Module):
 
 def layer_key(key: jax.Array | None, layer: jax.Array | int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, layer)
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of x and scales the rest (Srivastava et al. 2014); no key, no change."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def stacked(make, num_layers: int, rngs: nnx.Rngs) -> nnx.Module:

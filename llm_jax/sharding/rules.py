@@ -46,6 +46,7 @@ DEFAULT_RULES: dict[str, MeshAxes] = {
     "experts": "expert",
     "expert_embed": ("fsdp", "context"),
     "router": None,
+    "labels": None,
     # activations
     "batch": ("data", "fsdp", "expert", "pipeline"),  # all stages share embedding, head and loss
     "stage_batch": ("data", "fsdp", "expert"),  # within a pipeline

@@ -20,9 +20,10 @@ def attention_weights(
     mask: jax.Array,
     precision: Precision,
     soft_cap: float | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax over the visible keys: [B, K, G, T, S] float32; shapes as dot_product_attention."""
-    return _softmax(_scores(query, key, precision, soft_cap), mask)
+    return _softmax(_scores(query, key, precision, soft_cap), mask, bias)
 
 
 def _scores(query, key, precision, soft_cap):
@@ -34,7 +35,9 @@ def _scores(query, key, precision, soft_cap):
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
-def _softmax(scores, mask):
+def _softmax(scores, mask, bias):
+    if bias is not None:
+        scores = scores + bias.reshape(scores.shape[1:])
     return jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
 
 
@@ -46,6 +49,7 @@ def dot_product_attention(
     value: jax.Array,
     mask: jax.Array,
     soft_cap: float | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention.
 
@@ -53,15 +57,16 @@ def dot_product_attention(
       query: [B, T, N, H], key and value: [B, S, K, H] with N a multiple of K.
       mask: [B, T, S] bool, True where the query sees the key.
       soft_cap: bounds the scores, see AttentionSpec.
+      bias: [N, T, S] float32, added to the scores of every row.
 
     Returns:
       [B, T, N, H] in the compute dtype, named "attention" for rematerialization.
     """
-    return _attention_forward(precision, query, key, value, mask, soft_cap)[0]
+    return _attention_forward(precision, query, key, value, mask, soft_cap, bias)[0]
 
 
-def _attention_forward(precision, query, key, value, mask, soft_cap):
-    weights = precision.cast(attention_weights(query, key, mask, precision, soft_cap))
+def _attention_forward(precision, query, key, value, mask, soft_cap, bias):
+    weights = precision.cast(attention_weights(query, key, mask, precision, soft_cap, bias))
     # Rounded before the axes move: XLA's CPU backend has no bfloat16 product with float32 sums that
     # also moves them, and fails on the keys of a cache.
     out = precision.einsum("bkgts,bskh->bkgth", weights, value)
@@ -71,15 +76,15 @@ def _attention_forward(precision, query, key, value, mask, soft_cap):
     # The weights are the one residual that grows with T * S. They are kept only where computing them
     # again takes longer than reading them back, and where they are all that the gradient needs.
     kept = weights if precision.compute_dtype == "float32" and soft_cap is None else None
-    return out, (query, key, value, mask, out, kept)
+    return out, (query, key, value, mask, bias, out, kept)
 
 
 def _attention_backward(precision, soft_cap, residuals, d_out):
-    query, key, value, mask, out, weights = residuals
+    query, key, value, mask, bias, out, weights = residuals
     slope = query.shape[-1] ** -0.5  # of the scores, by the product of query and key
     if weights is None:
         scores = _scores(query, key, precision, soft_cap)
-        weights = precision.cast(_softmax(scores, mask))
+        weights = precision.cast(_softmax(scores, mask, bias))
         if soft_cap is not None:
             slope *= 1 - (scores / soft_cap) ** 2
     grouped = (*query.shape[:2], key.shape[2], query.shape[2] // key.shape[2], query.shape[3])
@@ -89,11 +94,13 @@ def _attention_backward(precision, soft_cap, residuals, d_out):
     d_out = d_out.reshape(grouped)
     d_value = precision.einsum("bkgts,btkgh->bskh", weights, d_out)
     d_weights = precision.einsum("btkgh,bskh->bkgts", d_out, value, out_dtype=jnp.float32)
-    d_scores = precision.cast(weights * (d_weights - correction) * slope)
+    d_scores = weights * (d_weights - correction)
+    d_bias = None if bias is None else jnp.sum(d_scores, 0).reshape(bias.shape)
+    d_scores = precision.cast(d_scores * slope)
     d_query = precision.einsum("bkgts,bskh->btkgh", d_scores, key).reshape(query.shape)
     d_key = precision.einsum("bkgts,btkgh->bskh", d_scores, query.reshape(grouped))
     cast = lambda d, like: d.astype(like.dtype)  # noqa: E731
-    return cast(d_query, query), cast(d_key, key), cast(d_value, value), None
+    return cast(d_query, query), cast(d_key, key), cast(d_value, value), None, d_bias
 
 
 dot_product_attention.defvjp(_attention_forward, _attention_backward)
