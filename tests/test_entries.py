@@ -42,7 +42,7 @@ def test_from_text_to_export(run_python, texts, tmp_path):
 
     result = run_python("-m", "llm_jax.evaluate", "--workdir", work)
     assert result.returncode == 0, result.stderr
-    trained = json.loads((work / "evals" / "perplexity_3.json").read_text())
+    trained = json.loads((work / "evals" / "scores_3.json").read_text())
     assert trained["summary"]["bits_per_byte"] > 0
     assert f"perplexity {trained['summary']['perplexity']:.2f}" in result.stdout
 

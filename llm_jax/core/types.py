@@ -9,6 +9,7 @@ Reserved batch keys, all host arrays of a batch have the global batch size B as 
 | loss_weights   | [B, T]         | float32 | 0 where a position has no target (padding, document borders)  |
 | segment_ids    | [B, T]         | int32   | 1, 2, ... one per packed document; 0 is padding               |
 | positions      | [B, T]         | int32   | position inside the document, from 0                          |
+| prefix         | [B, T]         | int32   | 1 for tokens that their whole segment sees (prefix LM)        |
 | encoder_tokens | [B, S]         | int32   | input of an encoder; also encoder_segment_ids, _positions     |
 | token_types    | [B, T]         | int32   | 0 and 1: the first and the second text of a pair (BERT)       |
 | predict_positions | [B, P]      | int32   | where the targets are, if not everywhere: targets and         |
@@ -151,7 +152,16 @@ class Model(Protocol):
 
 
 class Objective(Protocol):
-    """A task: how its examples are made on the host, and its loss on the device."""
+    """A task: how its examples are made on the host, and its loss on the device.
+
+    examples: False for rows of packed text, as here; True for records (`ExampleObjective`).
+    partner_rows: whether each row needs another, unrelated one of the same split.
+    evaluators: what is measured at the end, by the names of evals/conclude.py.
+    """
+
+    examples: bool
+    partner_rows: bool
+    evaluators: tuple[str, ...]
 
     def row_length(self, sequence_length: int) -> int:
         """Tokens of packed text that one row of `sequence_length` positions needs."""
@@ -160,7 +170,37 @@ class Objective(Protocol):
         """Grain transformations from {"rows", "row_ids"} to the reserved keys, a batch at a time.
 
         rows: [B, row_length] int32, -1 where a row ended early; row_ids: [B] int64, the rows'
-        numbers in the run, from which any randomness is seeded.
+        numbers in the run, from which any randomness is seeded. With `partner_rows` also partners:
+        [B, row_length] int32, which depend on row_ids alone.
+        """
+
+    def batch_spec(
+        self, batch_size: int, sequence_length: int
+    ) -> dict[str, jax.ShapeDtypeStruct]: ...
+
+    def loss(
+        self, model: Model, batch: Batch, *, key: jax.Array | None, train: bool
+    ) -> LossOutput: ...
+
+
+class ExampleObjective(Protocol):
+    """An objective whose examples are records of the sources instead of rows; `examples` is True.
+
+    Its other half, `batch_spec` and `loss`, is that of `Objective`.
+    """
+
+    examples: bool
+    evaluators: tuple[str, ...]
+
+    def transforms(self, tokenizer: Tokenizer, sequence_length: int) -> list:
+        """Grain transformations from {"examples", "names", "row_ids"} to the reserved keys.
+
+        A batch at a time. examples: list of B dicts, a record's fields; {} is padding, which only the
+        end of the held-out split has. names: list of B str, of the records, for messages; the field
+        "name" is that too where a record has none of its own. row_ids: [B] int64, as in `Objective`.
+
+        Raises:
+          ConfigError: on the way, where a record lacks a field or holds something else there.
         """
 
     def batch_spec(

@@ -1,4 +1,8 @@
-"""What a finished run shows: perplexity, compression file by file, samples, and the report."""
+"""What a finished run shows: its evaluators' scores, samples, and the report.
+
+An objective names its evaluators: perplexity and compression file by file for text, its own metrics over
+the held-out split, generated text against the targets.
+"""
 
 import dataclasses
 import json
@@ -10,10 +14,12 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from llm_jax.core.config import ConfigError, to_dict
+from llm_jax.core.config import ConfigError, component, to_dict
 from llm_jax.core.types import Model, Tokenizer
 from llm_jax.data.held_out import held_out_documents
 from llm_jax.data.prepare import Prepared
+from llm_jax.evals.exact_match import ExactMatch
+from llm_jax.evals.held_out import HeldOut
 from llm_jax.evals.perplexity import (
     Comparison,
     Document,
@@ -31,15 +37,19 @@ from llm_jax.training.config import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """summary: see `perplexity.summarize`; files: by model and by compressors, worst first."""
+    """summary: by the evaluators; files: by model and by compressors, worst first, where text is scored.
+
+    examples: (source, generated text, target) where texts are generated, the wrong ones first.
+    """
 
     step: int
     summary: dict[str, float]
-    files: list[Comparison]
+    files: list[Comparison] = dataclasses.field(default_factory=list)
+    examples: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
 
     def save(self, workdir: Path) -> Path:
-        """Writes WORKDIR/evals/perplexity_<step>.json, whole or not at all."""
-        path = workdir / "evals" / f"perplexity_{self.step}.json"
+        """Writes WORKDIR/evals/scores_<step>.json, whole or not at all."""
+        path = workdir / "evals" / f"scores_{self.step}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -64,27 +74,61 @@ def evaluate(
     step: int,
     batch_size: int,
 ) -> Evaluation | None:
-    """Scores the held-out documents of a run; None when it has none.
+    """Runs the objective's evaluators on what a run holds out; None when it holds out nothing.
 
     In the compute dtype throughout, also after training in `matmul_dtype`: what is scored is what a
     checkpoint loads and exports as.
     """
+    objective = component("objectives", run.objective.name).make(run.objective)
+    precision = dataclasses.replace(model.precision, matmul_dtype=None)
+    model = with_precision(nnx.clone(model), precision)
+    evaluation = Evaluation(step, {})
+    for name in objective.evaluators:
+        if name == "held_out":
+            held_out = HeldOut(objective, tokenizer, run, workdir, batch_size)
+            evaluation.summary.update(held_out.run(model, rules))
+        elif name == "exact_match" and jax.process_count() == 1:
+            exact_match = ExactMatch(objective, tokenizer, run, workdir)
+            evaluation.summary.update(exact_match.run(model, rules))
+            evaluation.examples.extend(exact_match.examples)
+        elif name == "perplexity":
+            if not _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size):
+                return None
+    return evaluation
+
+
+def _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size) -> bool:
     found = held_out_documents(run.data, workdir, run.eval.final_bytes)
     documents = [Document(d.name, d.text) for d in found]
     if not documents:
-        return None
+        return False
     perplexity = Perplexity(
         documents, tokenizer, run.data.sequence_length, batch_size, run.eval.context
     )
-    precision = dataclasses.replace(model.precision, matmul_dtype=None)
-    scores = perplexity.score(with_precision(nnx.clone(model), precision), rules)
+    scores = perplexity.score(model, rules)
+    evaluation.summary.update(summarize(scores))
     files = compare_with_compressors(documents, scores)
-    files.sort(key=lambda f: f.model / f.gzip, reverse=True)
-    return Evaluation(step, summarize(scores), files)
+    evaluation.files.extend(sorted(files, key=lambda f: f.model / f.gzip, reverse=True))
+    return True
 
 
 def show(evaluation: Evaluation, console: Console, most_files: int = 12) -> None:
-    """The comparison as a table, the files that the model does worst on first."""
+    """What the evaluators found, as tables."""
+    if evaluation.files:
+        _show_files(evaluation, console, most_files)
+        return
+    table = Table(title="held out", title_justify="left")
+    table.add_column("metric")
+    table.add_column("mean", justify="right")
+    for name, value in evaluation.summary.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
+    for source, text, target in evaluation.examples[:3]:
+        console.print(f"{source!r} -> {text!r}, wanted {target!r}", markup=False, highlight=False)
+
+
+def _show_files(evaluation: Evaluation, console: Console, most_files: int) -> None:
+    """The comparison with compressors, the files that the model does worst on first."""
     table = Table(title="held-out bits per byte", title_justify="left")
     for name in ("file", "bytes", "model", "gzip -9", "xz -9"):
         table.add_column(name, justify="left" if name == "file" else "right", overflow="fold")
@@ -113,7 +157,9 @@ def show(evaluation: Evaluation, console: Console, most_files: int = 12) -> None
 
 def sample(model: Model, tokenizer: Tokenizer, run: RunConfig) -> list[dict[str, str]]:
     """One completion for each of `eval.sample_prompts`."""
-    if not run.eval.sample_prompts or not hasattr(model, "init_cache"):
+    if not run.eval.sample_prompts or not (
+        hasattr(model, "init_cache") or hasattr(model, "encode")
+    ):
         return []
     config = SamplingConfig(temperature=0.8, top_p=0.95, max_tokens=run.eval.sample_tokens)
     completions = Engine(model, tokenizer).generate(list(run.eval.sample_prompts), config)
@@ -136,7 +182,9 @@ def report(
     """Writes report.html."""
     summary: dict[str, Any] = {"parameters": f"{num_params:,}"}
     compression = None
-    if evaluation is not None:
+    if evaluation is not None and not evaluation.files:
+        summary = {n: round(value, 4) for n, value in evaluation.summary.items()} | summary
+    elif evaluation is not None:
         total = evaluation.compressors()
         summary = {
             "held-out bits per byte": round(evaluation.summary["bits_per_byte"], 3),

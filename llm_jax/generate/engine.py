@@ -1,4 +1,4 @@
-"""Generation in batches with a key-value cache.
+"""Generation in batches with a key-value cache, by decoders and encoder-decoders.
 
 One program per step: it runs the model on one token per row, draws the next and hands it back on the
 device, so that step n + 1 is under way while the host reads token n. The prompt goes through a second
@@ -7,7 +7,8 @@ prompt, and that program does not depend on how tokens are drawn.
 
 Shapes come in powers of two (batch, prompt, cache), and the cache starts small and doubles, so that
 few programs are compiled and a step never reads more than twice the keys that it needs. Shorter
-prompts are padded on the left with segment 0; positions count from the start of each prompt.
+prompts are padded on the left with segment 0; positions count from the start of each prompt. A prompt of
+an encoder-decoder goes to its encoder, `eos` behind it, and the text starts from the pad token.
 
 The engine keeps a copy of the parameters: layers apart, since slicing a stacked parameter costs a
 copy of it per token, and matrices in the compute dtype, since they are then read in half the time. On
@@ -26,7 +27,9 @@ from flax import nnx
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Model, Tokenizer
+from llm_jax.generate.beam import NOTHING, BeamConfig, Hypothesis, search
 from llm_jax.generate.events import Alternative, Completion, RowStream, TokenEvent, completion
+from llm_jax.generate.prompts import left_padded, power_of_two, right_padded
 from llm_jax.generate.sampler import SamplingConfig, SamplingMethod, draw
 from llm_jax.nn.cache import KVCache
 from llm_jax.nn.precision import with_precision
@@ -61,12 +64,12 @@ class Drawn:
 
 
 class Engine:
-    """Completes prompts with a model that has `init_cache`, wherever its parameters live.
+    """Completes prompts with a model that has `init_cache`, or `encode` and `start`.
 
     Args:
       model: may be on several devices; shardings propagate from its parameters.
-      max_length: most tokens of prompt and completion together; None is the model's max_length,
-        which learned positions cannot exceed and others were not trained to.
+      max_length: most tokens of prompt and completion together, with an encoder of each of them; None is
+        the model's max_length, which learned positions cannot exceed and others were not trained to.
       batch_size: most prompts that run together.
 
     Raises:
@@ -81,9 +84,11 @@ class Engine:
         max_length: int | None = None,
         batch_size: int = 16,
     ):
-        if not hasattr(model, "init_cache"):
+        self._has_encoder = hasattr(model, "encode")
+        if not (self._has_encoder or hasattr(model, "init_cache")):
             raise ConfigError(
-                f"{type(model).__name__} cannot generate text: it has no init_cache; choices: gpt"
+                f"{type(model).__name__} cannot generate text: it has no init_cache; choices: "
+                "gpt, encoder_decoder"
             )
         self._config, self.tokenizer, self.batch_size = model.config, tokenizer, batch_size
         self.max_length = model.config.max_length if max_length is None else max_length
@@ -92,25 +97,28 @@ class Engine:
         self._graphdef, state = nnx.split(model)
         leaves, self._treedef = jax.tree.flatten(state)
         dtype = model.precision.dtype
-        # Norms compute in float32 with their one-dimensional scales, routers with their matrix; all
-        # else is cast at its use.
+        # Norms compute in float32 with their one-dimensional scales, routers and relative biases with
+        # their tables; all else is cast at its use.
         variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
         self._leaves = [
-            a.astype(dtype) if a.ndim > 1 and "router" not in v.axes else a
+            a.astype(dtype) if a.ndim > 1 and not {"router", None} & set(v.axes) else a
             for a, v in zip(leaves, variables, strict=True)
         ]
-        self._empty_cache = jax.jit(model.init_cache, static_argnums=(0, 1))
+        if not self._has_encoder:
+            self._empty_cache = jax.jit(model.init_cache, static_argnums=(0, 1))
+        self._encode = jax.jit(self._encode_program, static_argnums=2)
         self._grow = jax.jit(KVCache.grown, static_argnums=1)
         self._fill = jax.jit(self._fill_program, donate_argnums=1)
         self._step = jax.jit(
             self._step_program, donate_argnums=(1, 2), static_argnames=("method", "num_best")
         )
+        self._beams = jax.jit(self._beam_program, static_argnums=4)
 
     def _check_limits(self) -> None:
         config = self._config
         if self.max_length < 2:
             raise ConfigError(f"max_length {self.max_length} must be at least 2")
-        if config.position == "learned" and self.max_length > config.max_length:
+        if getattr(config, "position", None) == "learned" and self.max_length > config.max_length:
             raise ConfigError(
                 f"max_length {self.max_length} exceeds the {config.max_length} learned positions "
                 "of the model"
@@ -185,7 +193,7 @@ class Engine:
                     first + i,
                     self.tokenizer,
                     max_tokens=config.max_tokens,
-                    room=self.max_length - len(row),
+                    room=self._room(row),
                 )
                 for i, row in enumerate(rows[part])
             ]
@@ -193,15 +201,66 @@ class Engine:
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """The ids that the model sees for a prompt."""
+        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
         if isinstance(prompt, str):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
-        return [int(token) for token in prompt] or [self.tokenizer.bos_id]
+            ids = self.tokenizer.encode(prompt)
+            return [*ids, eos] if self._has_encoder else [bos, *ids]
+        return [int(token) for token in prompt] or [eos if self._has_encoder else bos]
+
+    def beam_search(self, prompts: Sequence[Prompt], config: BeamConfig) -> list[list[Hypothesis]]:
+        """The best continuations of each prompt, best first; at most `config.num_beams` each.
+
+        Raises:
+          ConfigError: as `stream`; or prompts that leave no room for `config.max_tokens`.
+        """
+        rows = [self.prompt_tokens(prompt) for prompt in prompts]
+        for index, row in enumerate(rows):
+            self._check_prompt(index, row)
+            if self._room(row) < config.max_tokens:
+                raise ConfigError(
+                    f"prompt {index} leaves room for {self._room(row)} tokens of max_length "
+                    f"{self.max_length}: max_tokens is {config.max_tokens}"
+                )
+        found: list[list[Hypothesis]] = []
+        for first in range(0, len(rows), self.batch_size):
+            part = rows[first : first + self.batch_size]
+            used = self._used(part)
+            size = power_of_two(max(used + config.max_tokens, SMALLEST_CACHE))
+            cache, state = self._start(part, [0] * len(part), 0, used, size)
+            arrays = self._beams(self._leaves, cache, state.tokens, state.positions, config)
+            finished, running = jax.device_get(arrays)
+            for row in range(len(part)):
+                # Where nothing ended, what is still running is the answer.
+                beams = finished if finished.scores[row, 0] > NOTHING else running
+                found.append(self._hypotheses(beams.tokens[row], beams.scores[row]))
+        return found
+
+    def _hypotheses(self, tokens: np.ndarray, scores: np.ndarray) -> list[Hypothesis]:
+        eos = self.tokenizer.eos_id
+        result = []
+        for ids, score in zip(tokens.tolist(), scores.tolist(), strict=True):
+            if score > NOTHING:
+                ids = ids[: ids.index(eos) + 1] if eos in ids else ids
+                text = self.tokenizer.decode([i for i in ids if i != eos])
+                result.append(Hypothesis(tuple(ids), text, score))
+        return result
+
+    def _room(self, row: list[int]) -> int:
+        """New tokens that fit after a prompt."""
+        return self.max_length - (0 if self._has_encoder else len(row))
+
+    def _used(self, rows: list[list[int]]) -> int:
+        """Places of the cache that the prompts take, all but their last tokens."""
+        longest = 0 if self._has_encoder else max(map(len, rows)) - 1
+        return power_of_two(max(longest, SMALLEST_PROMPT)) if longest else 0
 
     def _check_prompt(self, index: int, row: list[int]) -> None:
-        if len(row) >= self.max_length:
+        most = self.max_length if self._has_encoder else self.max_length - 1
+        if len(row) > most:
+            border = "eos" if self._has_encoder else "bos"
             raise ConfigError(
-                f"prompt {index} has {len(row)} tokens with bos: max_length {self.max_length} "
-                f"leaves room for at most {self.max_length - 1}"
+                f"prompt {index} has {len(row)} tokens with {border}: max_length {self.max_length} "
+                f"leaves room for at most {most}"
             )
         wrong = [token for token in row if not 0 <= token < self.tokenizer.vocab_size]
         if wrong:
@@ -219,9 +278,8 @@ class Engine:
         top_alternatives: int,
     ) -> Iterator[TokenEvent]:
         """One batch, from its prompts to the last row's end."""
-        longest = max(map(len, rows)) - 1
-        used = _power_of_two(max(longest, SMALLEST_PROMPT)) if longest else 0
-        size = _power_of_two(max(used + 1, SMALLEST_CACHE))
+        used = self._used(rows)
+        size = power_of_two(max(used + 1, SMALLEST_CACHE))
         cache, state = self._start(rows, numbers, config.seed, used, size)
         temperature, top_p = jnp.float32(config.temperature), jnp.float32(config.top_p or 1.0)
         pending: collections.deque[Drawn] = collections.deque()
@@ -244,13 +302,22 @@ class Engine:
     def _start(
         self, rows: list[list[int]], numbers: list[int], seed: int, used: int, size: int
     ) -> tuple[KVCache, Rows]:
-        """A cache of `size` whose `used` places hold all of each prompt but its last token."""
-        batch = _power_of_two(len(rows))
+        """A cache of `size` whose `used` places hold all of each prompt but its last token.
+
+        With an encoder the cache attends to the prompts, and the last token is the pad token.
+        """
+        batch = power_of_two(len(rows))
         rows = rows + [rows[0][:1]] * (batch - len(rows))
         numbers = numbers + [0] * (batch - len(numbers))
-        cache = self._empty_cache(batch, size)
+        if self._has_encoder:
+            longest = power_of_two(max(SMALLEST_PROMPT, *map(len, rows)))
+            encoded = right_padded(rows, min(longest, self.max_length))
+            cache = self._encode(self._leaves, encoded, size)
+            rows = [[self.tokenizer.pad_id]] * batch
+        else:
+            cache = self._empty_cache(batch, size)
         if used:
-            cache = self._fill(self._leaves, cache, _left_padded(rows, used))
+            cache = self._fill(self._leaves, cache, left_padded(rows, used))
         return cache, Rows(
             tokens=jnp.asarray([row[-1:] for row in rows], jnp.int32),
             positions=jnp.asarray([[len(row) - 1] for row in rows], jnp.int32),
@@ -264,6 +331,24 @@ class Engine:
     def _fill_program(self, leaves, cache: KVCache, batch: dict[str, jax.Array]) -> KVCache:
         return self._model(leaves)(batch, cache=cache).cache
 
+    def _encode_program(self, leaves, batch: dict[str, jax.Array], size: int) -> KVCache:
+        model = self._model(leaves)
+        return model.start(model.encode(batch), size)
+
+    def _next_logits(self, leaves, tokens, positions, cache) -> tuple[jax.Array, KVCache]:
+        """tokens, positions: [B, 1] to logits [B, V] of the tokenizer's ids, and the cache."""
+        segment_ids = jnp.ones_like(tokens)
+        batch = {"tokens": tokens, "positions": positions, "segment_ids": segment_ids}
+        out = self._model(leaves)(batch, cache=cache)
+        # A vocabulary padded for the mesh has ids that mean nothing.
+        return out.logits[:, -1, : self.tokenizer.vocab_size], out.cache
+
+    def _beam_program(self, leaves, cache, tokens, positions, config: BeamConfig):
+        return search(
+            functools.partial(self._next_logits, leaves), config, cache, tokens, positions,
+            eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id,
+        )  # fmt: skip
+
     def _step_program(
         self,
         leaves,
@@ -275,14 +360,7 @@ class Engine:
         method: SamplingMethod,
         num_best: int,
     ) -> tuple[KVCache, Rows, Drawn]:
-        batch = {
-            "tokens": rows.tokens,
-            "positions": rows.positions,
-            "segment_ids": jnp.ones_like(rows.tokens),
-        }
-        out = self._model(leaves)(batch, cache=cache)
-        # A vocabulary padded for the mesh has ids that mean nothing.
-        logits = out.logits[:, -1, : self.tokenizer.vocab_size]
+        logits, cache = self._next_logits(leaves, rows.tokens, rows.positions, cache)
         keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, rows.index)
         tokens, log_probabilities = draw(logits, keys, temperature, top_p, method)
         best, best_tokens = jax.lax.top_k(logits, num_best)
@@ -290,30 +368,12 @@ class Engine:
         # A row that has stopped runs on, unread, beside those that have not.
         positions = jnp.minimum(rows.positions + 1, self.max_length - 1)
         rows = Rows(tokens[:, None], positions, rows.keys, rows.index + 1)
-        return out.cache, rows, Drawn(tokens, log_probabilities, best_tokens, best)
+        return cache, rows, Drawn(tokens, log_probabilities, best_tokens, best)
 
 
 @jax.jit
 def _row_keys(seed: int, numbers: jax.Array) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
-
-
-def _power_of_two(size: int) -> int:
-    """The least power of two that is at least `size`."""
-    return 1 << (size - 1).bit_length()
-
-
-def _left_padded(rows: list[list[int]], length: int) -> dict[str, np.ndarray]:
-    """All tokens but the last of each row, as a batch [B, length]; padding has segment 0."""
-    shape = (len(rows), length)
-    batch = {key: np.zeros(shape, np.int32) for key in ("tokens", "positions", "segment_ids")}
-    for index, row in enumerate(rows):
-        size = len(row) - 1
-        place = (index, slice(length - size, length))
-        batch["tokens"][place] = row[:-1]
-        batch["positions"][place] = np.arange(size)
-        batch["segment_ids"][place] = 1
-    return batch
 
 
 def _events(drawn: Drawn, streams: list[RowStream]) -> Iterator[TokenEvent]:

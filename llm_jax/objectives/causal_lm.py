@@ -27,6 +27,10 @@ class Config:
 
 
 class CausalLm:
+    examples = False
+    partner_rows = False
+    evaluators = ("perplexity",)
+
     def __init__(self, config: Config):
         self.config = config
 

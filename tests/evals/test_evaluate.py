@@ -68,7 +68,7 @@ def test_a_run_with_its_sequence_in_shares(trained_in_shares, held_out, monkeypa
     """Two shares of the batch on eight devices, and three rows in training: four at a time."""
     monkeypatch.setattr("sys.argv", ["evaluate", "--workdir", str(trained_in_shares)])
     entry.main()
-    saved = json.loads((trained_in_shares / "evals" / "perplexity_1.json").read_text())
+    saved = json.loads((trained_in_shares / "evals" / "scores_1.json").read_text())
     loaded = load_model(trained_in_shares)
     assert dict(entry.rules_for(loaded.run).mesh.shape)["context"] == 4
     scores = Perplexity(DOCUMENTS, loaded.tokenizer, 16, 2).score(loaded.model, one_device())
