@@ -35,6 +35,8 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 class NextToken(grain.transforms.Map):
     """The causal objective's half on the host; bench/ measures data/ alone."""
 
+    examples = partner_rows = False
+
     def __init__(self, tokenizer):
         self._ids = tokenizer.bos_id, tokenizer.eos_id
 

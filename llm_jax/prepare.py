@@ -5,6 +5,7 @@ accelerator do it.
 """
 
 from llm_jax.core import flags
+from llm_jax.core.config import component
 from llm_jax.data.config import load_with_data
 from llm_jax.data.prepare import prepare
 from llm_jax.data.progress import make_progress
@@ -16,7 +17,9 @@ def main() -> None:
     arguments = flags.parse(parser)
     config = load_with_data(arguments.config, arguments.overrides, arguments.data)
     run = resolve(config)
-    prepared = prepare(run.data, arguments.workdir, progress=make_progress())
+    examples = component("objectives", run.objective.name).make(run.objective).examples
+    progress = make_progress()
+    prepared = prepare(run.data, arguments.workdir, examples=examples, progress=progress)
     check_vocabulary(run, prepared.tokenizer.vocab_size)
     print("\n".join([f"tokenizer of {prepared.tokenizer.vocab_size} ids", *prepared.lines()]))
     print(f"in {prepared.folder}")

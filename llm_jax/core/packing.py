@@ -3,7 +3,13 @@
 A row is a window of an endless stream of documents, each of which starts with `bos_id`; -1 pads a
 row whose stream ended. This is the cost centre of the loader: the segments are written run by run
 (`np.repeat` over the few document starts) rather than by cumulative sums over every token.
+
+Examples of their own, a fixed number in each row, are laid out by `RowLayout`.
 """
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -66,3 +72,47 @@ def next_token_batch(rows: np.ndarray, bos_id: int, eos_id: int) -> dict[str, np
         "segment_ids": segment_ids,
         "positions": positions,
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """Where examples of unequal length stand in rows: `per_row` in each, one after another.
+
+    segment_ids: [B, T] int32, 1 for the first example of a row, even if it is empty, then 2, ...; 0 is
+      padding.
+    positions: [B, T] int32, from 0 in each example; 0 for padding.
+    """
+
+    segment_ids: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], per_row: int, length: int) -> "RowLayout":
+        """Sizes of B * per_row examples; those of a row must fit in `length` together: see `overfull`."""
+        sizes = np.asarray(sizes, np.int64).reshape(-1, per_row)
+        real = np.arange(length) < sizes.sum(axis=1)[:, None]
+        flat = sizes.ravel()
+        segment_ids, positions = (np.zeros(real.shape, np.int32) for _ in range(2))
+        segment_ids[real] = np.repeat(np.tile(np.arange(1, per_row + 1), len(sizes)), flat)
+        positions[real] = np.arange(flat.sum()) - np.repeat(np.cumsum(flat) - flat, flat)
+        return cls(segment_ids, positions)
+
+    def filled(
+        self, examples: Sequence[Sequence[int]], padding: int, dtype: type = np.int32
+    ) -> np.ndarray:
+        """[B, T] of one value for each token of the examples."""
+        real = self.segment_ids > 0
+        values = np.full(real.shape, padding, dtype)
+        values[real] = np.fromiter(itertools.chain.from_iterable(examples), dtype)
+        return values
+
+
+def overfull(sizes: Sequence[int], per_row: int, length: int) -> np.ndarray:
+    """[N] int64: the rows whose examples do not fit."""
+    totals = np.asarray(sizes, np.int64).reshape(-1, per_row).sum(axis=1)
+    return np.flatnonzero(totals > length)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], length: int, padding: int) -> np.ndarray:
+    """[B, length] int32 of rows of at most `length` ids."""
+    return RowLayout.of([len(row) for row in rows], 1, length).filled(rows, padding)

@@ -7,13 +7,16 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Tokenizer
-from llm_jax.data.sources import DocumentSource
-from llm_jax.data.split import is_held_out
+from llm_jax.data.config import DataConfig
+from llm_jax.data.shuffle import EndlessOrder, GroupedOrder
+from llm_jax.data.sources import DocumentSource, source_key
+from llm_jax.data.split import held_out_threshold, is_held_out
 
 COUNTS = ("documents", "empty", "malformed", "undecodable_documents", "undecodable_bytes")
 
@@ -60,6 +63,20 @@ class DocumentReader:
 
     def many(self, indices: Iterator[int]) -> Iterator[Document]:
         return (document for index in indices if (document := self(index)) is not None)
+
+
+def document_order(source: DocumentSource, config: Any, seed: int) -> EndlessOrder:
+    """The order in which a source's documents are gone through, in shards and in streams."""
+    name = f"{source_key(config)} documents"
+    if source.group_starts is not None:
+        return GroupedOrder(source.group_starts, seed, name)
+    return EndlessOrder(len(source), seed, name)
+
+
+def source_threshold(data: DataConfig, source: DocumentSource) -> int:
+    return held_out_threshold(
+        len(source), data.held_out_fraction, at_most=data.held_out_documents_max
+    )
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

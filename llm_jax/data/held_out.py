@@ -1,11 +1,12 @@
-"""The held-out documents of a run, as text again."""
+"""The held-out documents of a run, as text again, and its held-out records."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from llm_jax.data.config import DataConfig, shards_folder
-from llm_jax.data.documents import Document, DocumentReader
-from llm_jax.data.prepare import source_threshold
+from llm_jax.data.documents import Document, DocumentReader, source_threshold
+from llm_jax.data.records import RecordReader, example_of, prepared_records
 from llm_jax.data.shards import ShardIndex
 from llm_jax.data.sources import open_source, source_key
 
@@ -38,3 +39,14 @@ def held_out_documents(
             if document.is_held_out:
                 given += document.text_bytes
                 yield document
+
+
+def held_out_records(data: DataConfig, workdir: Path) -> Iterator[dict[str, Any]]:
+    """Held-out records as objectives see them; sources take turns, so that the first few are of all."""
+    sources, indices = prepared_records(data, workdir)
+    readers = [RecordReader(source) for source in sources]
+    chosen = [index.indices("held_out") for index in indices]
+    for place in range(max(map(len, chosen))):
+        for reader, held_out in zip(readers, chosen, strict=True):
+            if place < len(held_out):
+                yield example_of(reader.sound(int(held_out[place])))

@@ -15,11 +15,17 @@ import grain
 import numpy as np
 
 from llm_jax.core.config import ConfigError
-from llm_jax.core.types import Objective, Tokenizer
+from llm_jax.core.types import ExampleObjective, Objective, Tokenizer
 from llm_jax.data.config import DataConfig, resolve_data, shards_folder
-from llm_jax.data.documents import DocumentReader, problems
-from llm_jax.data.prepare import document_order, source_threshold
-from llm_jax.data.rows import HeldOutBatches, RowShape, TrainBatches, open_held_out, open_train
+from llm_jax.data.documents import DocumentReader, document_order, problems, source_threshold
+from llm_jax.data.records import (
+    RecordBatches,
+    example_of,
+    open_held_out_records,
+    open_train_records,
+    prepared_records,
+)
+from llm_jax.data.rows import Batches, RowShape, open_held_out, open_train
 from llm_jax.data.shards import ShardIndex
 from llm_jax.data.sources import open_source, source_key
 from llm_jax.data.stream import (
@@ -61,7 +67,7 @@ class Loader:
         return self._opened[0]
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """What the objective makes of the rows: each array has batch_size / process_count first."""
+        """What the objective makes of rows or records: batch_size / process_count is first everywhere."""
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
@@ -100,7 +106,7 @@ class Loader:
         return self._rows.epochs(self.local_state())
 
     def problems(self) -> list[str]:
-        """What was wrong with the documents, one sentence each; see also `prepare`."""
+        """What was wrong with documents or records, one sentence each; see also `prepare`."""
         return self._rows.problems()
 
 
@@ -109,13 +115,13 @@ def make_loader(
     *,
     workdir: Path,
     tokenizer: Tokenizer,
-    objective: Objective,
+    objective: Objective | ExampleObjective,
     batch_size: int,
     split: Split = "train",
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """The batches of a run whose data `prepare(data, workdir)` has made.
+    """The batches of a run whose data `prepare(data, workdir, examples=objective.examples)` has made.
 
     Args:
       batch_size: rows of the global batch.
@@ -123,7 +129,7 @@ def make_loader(
 
     Raises:
       ConfigError: batch_size does not divide among the processes; the data is not prepared, or was
-        with another tokenizer.
+        with another tokenizer; an objective with partner rows in mode "stream".
     """
     if batch_size < 1 or batch_size % process_count:
         raise ConfigError(
@@ -133,12 +139,24 @@ def make_loader(
         raise ConfigError(f"process_index = {process_index}: expected 0..{process_count - 1}")
     local = batch_size // process_count
     slots = range(process_index * local, (process_index + 1) * local)
+    workdir = Path(workdir)
+    if objective.examples:
+        rows = _RecordRows(data, workdir, batch_size, slots, split)
+        dataset = rows.dataset(objective.transforms(tokenizer, data.sequence_length))
+        return Loader(dataset, rows, process_index, process_count)
     length = objective.row_length(data.sequence_length)
     shape = RowShape.of(data.sequence_length, length)
-    make = _StreamedRows if data.mode == "stream" else _ShardedRows
-    rows = make(data, Path(workdir), tokenizer, batch_size, slots, split, shape)
-    dataset = rows.dataset(objective.transforms(tokenizer))
-    return Loader(dataset, rows, process_index, process_count)
+    arguments = (data, workdir, tokenizer, batch_size, slots, split, shape)
+    if data.mode == "shards":
+        rows = _ShardedRows(*arguments, objective.partner_rows)
+    elif objective.partner_rows:
+        raise ConfigError(
+            "data.mode = 'stream': this objective takes sentences from two places of the corpus at "
+            "once and needs data.mode = 'shards'"
+        )
+    else:
+        rows = _StreamedRows(*arguments)
+    return Loader(rows.dataset(objective.transforms(tokenizer)), rows, process_index, process_count)
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,7 +174,7 @@ def _close(opened: list[grain.DatasetIterator]) -> None:
 
 
 class _Rows:
-    """How one mode makes rows, and what its state means."""
+    """How rows or records come about, and what the state means."""
 
     num_batches: int | None = None
 
@@ -173,7 +191,50 @@ class _Rows:
         raise NotImplementedError
 
 
-class _ShardedRows(_Rows):
+class _NumberedRows(_Rows):
+    """Rows by their numbers in the run: the state is the number of the next batch."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        batch_size: int,
+        slots: range,
+        batches: Batches | RecordBatches,
+        keys: list[str],
+    ):
+        self._data, self._batch_size, self._slots = data, batch_size, slots
+        self._batches, self._keys = batches, keys
+        if batches.num_rows is not None:
+            self.num_batches = -(-batches.num_rows // batch_size)
+
+    def dataset(self, transforms: list) -> grain.IterDataset:
+        count = _ENDLESS if self.num_batches is None else self.num_batches
+        dataset = grain.MapDataset.range(count).map(self._batch).apply(transforms)
+        options = grain.ReadOptions(
+            num_threads=self._data.num_threads,
+            prefetch_buffer_size=self._data.prefetch_batches if self._data.num_threads else 0,
+        )
+        return dataset.to_iter_dataset(options)
+
+    def _batch(self, batch: int) -> dict[str, Any]:
+        first = batch * self._batch_size
+        numbers = np.arange(first + self._slots.start, first + self._slots.stop, dtype=np.int64)
+        return {**self._read(numbers), "row_ids": numbers}
+
+    def _read(self, numbers: np.ndarray) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def local_part(self, state: dict[str, Any]) -> dict[str, Any]:
+        if state.keys() != {"batch"}:
+            raise ConfigError("the loader's state is of data.mode = 'stream', not 'shards'")
+        return {"next_index": state["batch"]}
+
+    def epochs(self, state: dict[str, Any]) -> dict[str, float]:
+        done = self._batches.epochs(state["batch"] * self._batch_size)
+        return dict(zip(self._keys, done, strict=True))
+
+
+class _ShardedRows(_NumberedRows):
     def __init__(
         self,
         data: DataConfig,
@@ -183,46 +244,54 @@ class _ShardedRows(_Rows):
         slots: range,
         split: Split,
         shape: RowShape,
+        partner_rows: bool,
     ):
-        self._data, self._batch_size, self._slots, self._shape = data, batch_size, slots, shape
         folder = shards_folder(data, workdir)
         self._indices = [_finished_index(folder, source, tokenizer) for source in data.sources]
-        self._batches: TrainBatches | HeldOutBatches
+        self._partner_rows = partner_rows
         if split == "train":
             weights = [source.weight for source in data.sources]
-            self._batches = open_train(self._indices, weights, data.shuffle_seed, shape)
+            batches = open_train(self._indices, weights, data.shuffle_seed, shape)
         else:
-            self._batches = open_held_out(self._indices, shape)
-            self.num_batches = -(-len(self._batches) // batch_size)
+            batches = open_held_out(self._indices, shape)
+        keys = [index.folder.name for index in self._indices]
+        super().__init__(data, batch_size, slots, batches, keys)
 
-    def dataset(self, transforms: list) -> grain.IterDataset:
-        count = _ENDLESS if self.num_batches is None else self.num_batches
-        dataset = grain.MapDataset.range(count).map(self._read).apply(transforms)
-        options = grain.ReadOptions(
-            num_threads=self._data.num_threads,
-            prefetch_buffer_size=self._data.prefetch_batches if self._data.num_threads else 0,
-        )
-        return dataset.to_iter_dataset(options)
-
-    def _read(self, batch: int) -> dict[str, np.ndarray]:
-        first = batch * self._batch_size
-        numbers = np.arange(first + self._slots.start, first + self._slots.stop, dtype=np.int64)
-        return {"rows": self._batches.rows(numbers, self._shape.length), "row_ids": numbers}
-
-    def local_part(self, state: dict[str, Any]) -> dict[str, Any]:
-        if state.keys() != {"batch"}:
-            raise ConfigError("the loader's state is of data.mode = 'stream', not 'shards'")
-        return {"next_index": state["batch"]}
-
-    def epochs(self, state: dict[str, Any]) -> dict[str, float]:
-        done = self._batches.epochs(state["batch"] * self._batch_size)
-        return dict(zip((index.folder.name for index in self._indices), done, strict=True))
+    def _read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        rows = {"rows": self._batches.rows(numbers)}
+        if self._partner_rows:
+            rows["partners"] = self._batches.partners(numbers)
+        return rows
 
     def problems(self) -> list[str]:
         return [
             f"{index.source['path']}: {line}"
             for index in self._indices
             for line in problems(index.counts)
+        ]
+
+
+class _RecordRows(_NumberedRows):
+    def __init__(
+        self, data: DataConfig, workdir: Path, batch_size: int, slots: range, split: Split
+    ):
+        sources, self._indices = prepared_records(data, workdir)
+        if split == "train":
+            batches = open_train_records(data, sources, self._indices)
+        else:
+            batches = open_held_out_records(sources, self._indices)
+        super().__init__(data, batch_size, slots, batches, list(map(source_key, data.sources)))
+
+    def _read(self, numbers: np.ndarray) -> dict[str, list]:
+        found = self._batches.records(numbers)
+        return {
+            "examples": [example_of(record) for record in found],
+            "names": [record.name for record in found],
+        }
+
+    def problems(self) -> list[str]:
+        return [
+            f"{index.path}: {line}" for index in self._indices for line in problems(index.counts)
         ]
 
 

@@ -1,4 +1,5 @@
-"""Prepares a run's data: trains the tokenizer, then tokenizes every source into shards.
+"""Prepares a run's data: trains the tokenizer, then tokenizes every source into shards, or splits its
+records.
 
 Both are done once: a finished tokenizer and finished shards are taken as they are, and a run that
 was stopped, even by kill -9, goes on at the first unfinished shard and ends in the same bytes. Work
@@ -9,24 +10,32 @@ import concurrent.futures.process
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import multiprocessing
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_jax.core.config import ConfigError, to_dict
+from llm_jax.core.config import ConfigError, parse_component, to_dict
 from llm_jax.core.types import Tokenizer
 from llm_jax.data.atomic import remove_leftovers, write_json
 from llm_jax.data.config import DataConfig, resolve_data, shards_folder
-from llm_jax.data.documents import DocumentReader, check_malformed, problems, sample_indices
-from llm_jax.data.mix import Mixture, in_order
+from llm_jax.data.documents import (
+    DocumentReader,
+    check_malformed,
+    document_order,
+    problems,
+    sample_indices,
+    source_threshold,
+)
 from llm_jax.data.progress import Progress, Silent
+from llm_jax.data.records import RecordIndex, RecordPlan, split_records
 from llm_jax.data.shards import (
     Plan,
     ShardIndex,
@@ -37,10 +46,9 @@ from llm_jax.data.shards import (
     start_index,
     write_shard,
 )
-from llm_jax.data.shuffle import EndlessOrder, GroupedOrder
 from llm_jax.data.sources import DocumentSource, open_source, source_key
-from llm_jax.data.split import held_out_threshold
 from llm_jax.data.tokenizers import fingerprint, load_tokenizer, make_tokenizer
+from llm_jax.data.training_texts import document_texts, record_texts
 
 _SHARD_BYTES = 32 << 20
 _SHARDS_LEAST, _SHARDS_MOST = 8, 1024
@@ -54,12 +62,14 @@ class Prepared:
 
     Attributes:
       folder: where all of it is.
-      indices: of the shards, one per source; empty in mode "stream".
+      indices: of the shards, one per source; empty in mode "stream" and where records are read.
+      records: which records are held out, one per source; empty where documents are read.
     """
 
     tokenizer: Tokenizer
     folder: Path
-    indices: tuple[ShardIndex, ...]
+    indices: tuple[ShardIndex, ...] = ()
+    records: tuple[RecordIndex, ...] = ()
 
     def lines(self) -> list[str]:
         """For a person: what there is and what was wrong with it."""
@@ -74,14 +84,21 @@ class Prepared:
                 f"{size / max(tokens, 1):.2f} bytes per token"
             )
             lines += [f"{index.source['path']}: {line}" for line in problems(index.counts)]
+        for index in self.records:
+            train, held = (f"{index.sizes[split]:,}" for split in ("train", "held_out"))
+            lines.append(f"{index.path}: {train} records to train on; {held} held out")
+            lines += [f"{index.path}: {line}" for line in problems(index.counts)]
         return lines
 
 
-def prepare(data: DataConfig, workdir: Path, *, progress: Progress | None = None) -> Prepared:
+def prepare(
+    data: DataConfig, workdir: Path, *, examples: bool = False, progress: Progress | None = None
+) -> Prepared:
     """Makes what is missing and returns what there is.
 
     Args:
       workdir: the run's folder; files go below `shards_folder(data, workdir)`.
+      examples: the objective's attribute: whether it reads records. Then there are no shards.
 
     Raises:
       ConfigError: a source cannot be read, or what is there was made with other settings.
@@ -92,24 +109,43 @@ def prepare(data: DataConfig, workdir: Path, *, progress: Progress | None = None
     # Runs may share the folder: the second waits, and finds all made.
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _prepare(data, folder, progress)
+        remove_leftovers(folder)
+        return (_prepare_records if examples else _prepare)(data, folder, progress)
 
 
 def _prepare(data: DataConfig, folder: Path, progress: Progress) -> Prepared:
-    remove_leftovers(folder)
     finished = [ShardIndex.load(folder / source_key(config)) for config in data.sources]
     sources = [
         _open_or_missing(config, index, folder, progress)
         for config, index in zip(data.sources, finished, strict=True)
     ]
-    tokenizer = prepare_tokenizer(data, folder, sources, progress)
+    texts = functools.partial(document_texts, data, sources)
+    tokenizer = prepare_tokenizer(data, folder, texts, progress)
     if data.mode == "stream":
-        return Prepared(tokenizer, folder, ())
+        return Prepared(tokenizer, folder)
     indices = tuple(
         _prepare_source(data, number, source, folder, tokenizer, progress)
         for number, source in enumerate(sources)
     )
     return Prepared(tokenizer, folder, indices)
+
+
+def _prepare_records(data: DataConfig, folder: Path, progress: Progress) -> Prepared:
+    sources = [open_source(config, folder / "cache", as_records=True) for config in data.sources]
+    indices = []
+    for source, config in zip(sources, data.sources, strict=True):
+        plan = RecordPlan(source.fingerprint, len(source), source_threshold(data, source))
+        place = folder / source_key(config) / "records"
+        index = RecordIndex.load(place)
+        if index is None:
+            most = data.malformed_fraction_max
+            index = split_records(source, config.path, plan, place, most, progress)
+        else:
+            _check_same(dataclasses.asdict(index.plan), dataclasses.asdict(plan), place, folder)
+        indices.append(index)
+    texts = functools.partial(record_texts, data, sources, indices)
+    tokenizer = prepare_tokenizer(data, folder, texts, progress)
+    return Prepared(tokenizer, folder, records=tuple(indices))
 
 
 def _open_or_missing(
@@ -126,59 +162,26 @@ def _open_or_missing(
 
 
 def prepare_tokenizer(
-    data: DataConfig, folder: Path, sources: list[DocumentSource | None], progress: Progress
+    data: DataConfig, folder: Path, texts: Callable[[], Iterable[str]], progress: Progress
 ) -> Tokenizer:
-    """Loads `folder`/tokenizer, or makes it: training sees no held-out document."""
+    """Loads `folder`/tokenizer, or makes it; `texts` must hold nothing that is held out."""
     place = folder / "tokenizer"
-    request = {k: v for k, v in to_dict(data.tokenizer).items() if k != "num_threads"}
     asked = place / "request.json"
     if asked.exists():
-        _check_same(json.loads(asked.read_text()), request, place, folder)
+        # Read as a config, so that fields it did not have yet are at their defaults.
+        old = parse_component("data.tokenizers", json.loads(asked.read_text()), str(asked))
+        _check_same(_request(old), _request(data.tokenizer), place, folder)
         return load_tokenizer(place)
-    if any(source is None for source in sources):
-        raise ConfigError(f"no tokenizer in {place}, and a source to train it on is gone")
-    tokenizer = make_tokenizer(data.tokenizer, lambda: _training_texts(data, sources), progress.say)
+    tokenizer = make_tokenizer(data.tokenizer, texts, progress.say)
     place.mkdir(parents=True, exist_ok=True)
     tokenizer.save(place)
-    write_json(asked, request)
+    write_json(asked, _request(data.tokenizer))
     # What is used is what was saved, so that the first run and a later one cannot differ.
     return load_tokenizer(place)
 
 
-def document_order(source: DocumentSource, config: Any, seed: int) -> EndlessOrder:
-    """The order in which a source's documents are gone through, in shards and in streams."""
-    name = f"{source_key(config)} documents"
-    if source.group_starts is not None:
-        return GroupedOrder(source.group_starts, seed, name)
-    return EndlessOrder(len(source), seed, name)
-
-
-def source_threshold(data: DataConfig, source: DocumentSource) -> int:
-    return held_out_threshold(
-        len(source), data.held_out_fraction, at_most=data.held_out_documents_max
-    )
-
-
-def _training_texts(data: DataConfig, sources: list[DocumentSource]) -> Iterator[str]:
-    """Every document to train on once, shuffled, sources taking turns by their weights."""
-    mixture = Mixture([config.weight for config in data.sources], data.shuffle_seed)
-    orders = [
-        document_order(source, config, data.shuffle_seed)
-        for source, config in zip(sources, data.sources, strict=True)
-    ]
-    readers = [DocumentReader(source, source_threshold(data, source)) for source in sources]
-    left = sum(len(s) for s, c in zip(sources, data.sources, strict=True) if c.weight > 0)
-    start = 0
-    while left > 0:
-        which, turns = mixture(np.arange(start, start + 1024))
-        start += 1024
-        items = in_order(which, turns, orders)
-        for number, turn, item in zip(which.tolist(), turns.tolist(), items.tolist(), strict=True):
-            if turn < len(sources[number]):
-                left -= 1
-                document = readers[number](item)
-                if document is not None and not document.is_held_out:
-                    yield document.text
+def _request(tokenizer: Any) -> dict[str, Any]:
+    return {k: v for k, v in to_dict(tokenizer).items() if k != "num_threads"}
 
 
 def _prepare_source(

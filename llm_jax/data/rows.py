@@ -11,8 +11,8 @@ import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.data.atomic import NPY_HEADER_BYTES
+from llm_jax.data.draw import Draw, EndlessDraw, OrderedDraw
 from llm_jax.data.files import OpenFiles
-from llm_jax.data.mix import Mixture, in_order
 from llm_jax.data.shards import ShardIndex, check_files
 from llm_jax.data.shuffle import EndlessOrder
 
@@ -66,60 +66,39 @@ class ShardRows:
             row[count:] = -1
 
 
-class TrainBatches:
-    """Batch n of an endless mixture: this process's rows of it, by arithmetic on n alone.
+class Batches:
+    """Rows of a run by their numbers: this process's part of a batch, or any other.
 
-    Row r of the run is batch r // batch_size; its source follows the mixture's pattern, and within
-    its source rows come in a new shuffled order each epoch.
+    Attributes:
+      num_rows: None where there is no end.
     """
 
-    def __init__(self, sources: list[ShardRows], mixture: Mixture, orders: list[EndlessOrder]):
-        self._sources, self._mixture, self._orders = sources, mixture, orders
+    def __init__(
+        self, sources: list[ShardRows], draw: Draw, length: int, num_rows: int | None = None
+    ):
+        self._sources, self._draw, self._length = sources, draw, length
+        self.num_rows, self.epochs = num_rows, draw.epochs
 
-    def rows(self, numbers: np.ndarray, length: int) -> np.ndarray:
-        """Rows `numbers` [B] int64 of the run: [B, length] int32."""
-        out = np.empty((len(numbers), length), np.int32)
-        which, turns = self._mixture(numbers)
-        items = in_order(which, turns, self._orders)
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Rows `numbers` [B] int64 of the run: [B, length] int32, -1 past the end."""
+        return self._read(*self._draw(numbers))
+
+    def partners(self, numbers: np.ndarray) -> np.ndarray:
+        """For each row an unrelated one of the same split: [B, length] int32."""
+        return self._read(*self._draw.partners(numbers))
+
+    def _read(self, which: np.ndarray, items: np.ndarray) -> np.ndarray:
+        out = np.empty((len(which), self._length), np.int32)
+        out[which < 0] = -1
         for source, rows in enumerate(self._sources):
             places = np.flatnonzero(which == source)
             rows.read(items[places], out, places)
         return out
 
-    def epochs(self, rows_done: int) -> list[float]:
-        """How often each source has been gone through after `rows_done` rows of the run."""
-        taken = self._mixture.taken(rows_done)
-        return [int(k) / max(order.size, 1) for k, order in zip(taken, self._orders, strict=True)]
-
-
-class HeldOutBatches:
-    """All held-out rows once, source after source; rows past the end are padding."""
-
-    def __init__(self, sources: list[ShardRows]):
-        self._sources = sources
-        self._first = np.cumsum([0, *map(len, sources)])
-
-    def __len__(self) -> int:
-        return int(self._first[-1])
-
-    def rows(self, numbers: np.ndarray, length: int) -> np.ndarray:
-        """As `TrainBatches.rows`."""
-        out = np.full((len(numbers), length), -1, np.int32)
-        for source, (first, end) in enumerate(zip(self._first, self._first[1:], strict=False)):
-            places = np.flatnonzero((numbers >= first) & (numbers < end))
-            self._sources[source].read(numbers[places] - first, out, places)
-        return out
-
-    def epochs(self, rows_done: int) -> list[float]:
-        done = np.clip(rows_done - self._first[:-1], 0, None)
-        return [
-            min(float(d) / max(len(s), 1), 1.0) for d, s in zip(done, self._sources, strict=True)
-        ]
-
 
 def open_train(
     indices: list[ShardIndex], weights: list[float], seed: int, shape: RowShape
-) -> TrainBatches:
+) -> Batches:
     """Raises ConfigError if a source with a weight has no row to train on."""
     sources = [ShardRows(index, "train", shape) for index in indices]
     for rows, weight, index in zip(sources, weights, indices, strict=True):
@@ -133,15 +112,16 @@ def open_train(
         EndlessOrder(len(rows), seed, index.folder.name)
         for rows, index in zip(sources, indices, strict=True)
     ]
-    return TrainBatches(sources, Mixture(weights, seed), orders)
+    return Batches(sources, EndlessDraw(weights, orders, seed), shape.length)
 
 
-def open_held_out(indices: list[ShardIndex], shape: RowShape) -> HeldOutBatches:
+def open_held_out(indices: list[ShardIndex], shape: RowShape) -> Batches:
     """Raises ConfigError if nothing is held out."""
-    batches = HeldOutBatches([ShardRows(index, "held_out", shape) for index in indices])
-    if not len(batches):
+    sources = [ShardRows(index, "held_out", shape) for index in indices]
+    draw = OrderedDraw([len(rows) for rows in sources])
+    if not len(draw):
         total = sum(index.plan.documents for index in indices)
         raise ConfigError(
             f"data: none of {total} documents is held out: raise data.held_out_fraction to evaluate"
         )
-    return batches
+    return Batches(sources, draw, shape.length, len(draw))

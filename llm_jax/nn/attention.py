@@ -97,6 +97,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         sight: "Sight",
         *,
+        cross: bool = False,
         memory: Memory | None = None,
         rope: tuple[jax.Array, jax.Array] | None = None,
         bias: jax.Array | None = None,
@@ -108,7 +109,7 @@ class Attention(nnx.Module):
 
         Args:
           sight: of the T tokens; made by `see`.
-          memory: makes it cross-attention; with a cache its keys and values are there already.
+          cross: keys and values are those of `memory`, or, with a cache, what is there of it already.
           rope: tables of `rope_tables`, or None.
           bias: [N, T, S], added to the scores; the reference kernel only.
           cache: a KVCache that already notes the places of these tokens, written at `layer`.
@@ -119,15 +120,15 @@ class Attention(nnx.Module):
         if rope is not None:
             query = apply_rope(query, rope, layout, p.platform)
         query = _pin(query, layout, "heads", "length")
-        if memory is not None and cache is not None:
+        if cross and cache is not None:
             stores = (cache.memory_keys, cache.memory_values)
             key, value = (jnp.swapaxes(store[layer], 1, 2) for store in stores)
         else:
-            key, value = self.keys_values(x if memory is None else memory.x, layout, rope)
+            key, value = self.keys_values(memory.x if cross else x, layout, rope)
             # Each query may see keys of the whole row; the other kernels gather them themselves.
             whole = None if sight.kernel == "reference" else "length"
             key, value = (_pin(a, layout, "kv_heads", whole) for a in (key, value))
-        if cache is not None and memory is None:
+        if cache is not None and not cross:
             cache = cache.with_layer(layer, key, value)
             key, value = (jnp.swapaxes(a[layer], 1, 2) for a in (cache.keys, cache.values))
         if sight.mask is not None:

@@ -168,6 +168,7 @@ class Block(nnx.Module):
                 y, captured["cross_attention"], _ = self.cross_attention(
                     y,
                     view.across,
+                    cross=True,
                     memory=view.memory,
                     cache=cache,
                     layer=layer,

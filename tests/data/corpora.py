@@ -32,6 +32,9 @@ def data_config(*paths: str, **settings) -> DataConfig:
 class NextToken:
     """An objective's half on the host."""
 
+    examples = False
+    partner_rows = False
+
     def row_length(self, sequence_length: int) -> int:
         return sequence_length + 1
 
@@ -42,13 +45,24 @@ class NextToken:
 class RawRows:
     """Rows as they are read, `extra` tokens longer than the sequence."""
 
-    def __init__(self, extra: int = 1):
-        self._extra = extra
+    examples = False
+
+    def __init__(self, extra: int = 1, partner_rows: bool = False):
+        self._extra, self.partner_rows = extra, partner_rows
 
     def row_length(self, sequence_length: int) -> int:
         return sequence_length + self._extra
 
     def transforms(self, tokenizer) -> list:
+        return []
+
+
+class RawRecords:
+    """Records as they are read."""
+
+    examples = True
+
+    def transforms(self, tokenizer, sequence_length: int) -> list:
         return []
 
 

@@ -6,8 +6,10 @@ import pytest
 from corpora import NextToken, RawRows, data_config, make_texts, write_jsonl
 
 from llm_jax.core.config import ConfigError, to_dict
+from llm_jax.data.draw import EndlessDraw
 from llm_jax.data.pipeline import make_loader, resolve_data
 from llm_jax.data.prepare import prepare
+from llm_jax.data.shuffle import EndlessOrder
 from llm_jax.data.sources import source_key
 
 T, B = 16, 8
@@ -223,3 +225,67 @@ def test_a_config_survives_being_written_down(prepared):
 def test_settings_that_cannot_be(section, message):
     with pytest.raises(ConfigError, match=message):
         resolve_data({"tokenizer": {"name": "raw_bytes"}} | section)
+
+
+def rows_of(prepared, split):
+    """All rows of a split as they lie in the shards, padded."""
+    _, _, found = prepared
+    return {
+        tuple(np.pad(shard[start : start + T + 1].astype(int), (0, T + 1), constant_values=-1))[
+            : T + 1
+        ]
+        for index in found.indices
+        for shard in tokens_of(index, split)
+        for start in range(0, len(shard) - 1, T)
+    }
+
+
+def test_partners_are_other_rows_of_the_split(prepared, loader_of):
+    batches = take(loader_of(RawRows(partner_rows=True)), 40)
+    assert_same(
+        [{k: v for k, v in b.items() if k != "partners"} for b in batches],
+        take(loader_of(RawRows()), 40),
+    )
+    rows, partners = (np.concatenate([b[key] for b in batches]) for key in ("rows", "partners"))
+    assert partners.shape == rows.shape
+    assert partners.dtype == np.int32
+    assert {tuple(row) for row in partners.tolist()} <= rows_of(prepared, "train")
+    assert (rows != partners).any(1).mean() > 0.7  # this corpus repeats itself
+    assert len({tuple(row) for row in partners.tolist()}) > 50
+
+
+def test_partners_depend_on_the_row_alone(loader_of):
+    objective = RawRows(partner_rows=True)
+    whole = take(loader_of(objective), 6)
+    resumed = loader_of(objective, settings={"num_threads": 3})
+    resumed.set_state({"batch": 4})
+    assert_same(take(resumed, 2), whole[4:])
+    parts = [loader_of(objective, process_index=p, process_count=4) for p in range(4)]
+    for expected in whole:
+        batches = [next(part) for part in parts]
+        assert_same([{k: np.concatenate([b[k] for b in batches]) for k in expected}], [expected])
+
+
+def test_partners_of_held_out_rows(prepared, loader_of):
+    batches = list(loader_of(RawRows(partner_rows=True), split="held_out", batch_size=64))
+    rows, partners = (np.concatenate([b[key] for b in batches]) for key in ("rows", "partners"))
+    count = int((rows >= 0).any(1).sum())
+    np.testing.assert_array_equal(partners[:count], np.roll(rows[:count], -(count // 2), axis=0))
+    assert (partners[count:] == -1).all()
+    assert count < len(rows)
+
+
+def test_partners_where_there_are_few_rows():
+    for sizes in ((1, 1), (2, 1), (3, 2)):
+        draw = EndlessDraw([1.0, 1.0], [EndlessOrder(n, 0, str(i)) for i, n in enumerate(sizes)], 0)
+        numbers = np.arange(512) + 2**41
+        (sources, items), (others, partners) = draw(numbers), draw.partners(numbers)
+        is_same = (sources == others) & (items == partners)
+        assert not is_same[np.array(sizes)[sources] > 1].any()
+        assert (partners < np.array(sizes)[others]).all()
+
+
+def test_partners_need_shards(loader_of):
+    with pytest.raises(ConfigError, match=r"needs data\.mode = 'shards'") as caught:
+        loader_of(RawRows(partner_rows=True), settings={"mode": "stream"})
+    assert "\n" not in str(caught.value)

@@ -225,6 +225,16 @@ def test_what_changed_since_is_said_in_one_line(tmp_path, corpus, settings, mess
     assert "data.shards_path" in str(caught.value)
 
 
+def test_a_tokenizer_made_before_a_setting_was_there_is_used(tmp_path, corpus):
+    before = prepare(data_config(corpus), tmp_path)
+    asked = before.folder / "tokenizer" / "request.json"
+    asked.write_text('{"name": "raw_bytes", "vocab_size": 259}')
+    assert prepare(data_config(corpus), tmp_path).indices == before.indices
+    extra = {"name": "raw_bytes", "extra_tokens": ("[MASK]",)}
+    with pytest.raises(ConfigError, match=r"extra_tokens = \[\], now it is \['\[MASK\]'\]"):
+        prepare(data_config(corpus, tokenizer=extra), tmp_path)
+
+
 def test_finished_shards_outlive_their_corpus(tmp_path, corpus):
     data = data_config(corpus)
     before = prepare(data, tmp_path)

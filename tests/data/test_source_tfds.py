@@ -51,9 +51,10 @@ def data_dir(tmp_path_factory):
         sys.path.remove(str(folder))
 
 
-def open_tfds(tmp_path, prepared_in, **section):
+def open_tfds(tmp_path, prepared_in, as_records=False, **section):
     section = source_for("tfds:tiny_corpus:1.0.0") | {"data_dir": prepared_in} | section
-    return open_source(parse_component("data.sources", section, "source"), tmp_path)
+    config = parse_component("data.sources", section, "source")
+    return open_source(config, tmp_path, as_records=as_records)
 
 
 def test_documents_are_read_by_index_without_tensorflow(tmp_path, data_dir):
@@ -61,6 +62,10 @@ def test_documents_are_read_by_index_without_tensorflow(tmp_path, data_dir):
     assert sorted(source[i]["text"] for i in range(7)) == [f"sentence {i} é" for i in range(7)]
     assert source[3] == source[3]
     assert len(open_tfds(tmp_path, data_dir, split="train[:3]")) == 3
+    records = [open_tfds(tmp_path, data_dir, text_key="absent", as_records=True).record(i)
+               for i in range(7)]  # fmt: skip
+    assert sorted(r.fields["number"] for r in records) == list(range(7))
+    assert all(r.fields["text"] == f"sentence {r.fields['number']} é" for r in records)
     assert "tensorflow" not in sys.modules
 
 

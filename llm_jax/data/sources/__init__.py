@@ -9,12 +9,14 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from llm_jax.core.config import ConfigError, component, to_dict
+from llm_jax.data.fields import Record
 from llm_jax.data.files import find_files
 from llm_jax.data.sources import jsonl, parquet
 
@@ -27,29 +29,46 @@ class DocumentSource(Protocol):
 
     `source[i]` is {"text": str, "name": str}; further keys tell of trouble: "undecodable": how many
     bytes had no meaning, "malformed": True where the record could not be read. An empty text is no
-    document.
+    document. `source.record(i)` has all fields instead of the text.
 
     Attributes:
       fingerprint: changes when the documents or their order do.
       group_starts: [G + 1] int64 where reading one document reads its whole group; else None.
+      split_ids: where records are always sound and slow to make, gives numbers by which they are held
+        out, [N] int64 of indices [N] int64; else None, and their contents decide.
     """
 
     fingerprint: str
     group_starts: np.ndarray | None
+    split_ids: Callable[[np.ndarray], np.ndarray] | None
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
+    def record(self, index: int) -> Record: ...
 
-def open_source(config: Any, cache: Path) -> DocumentSource:
-    """Opens the source of a parsed section; `cache` takes line indices and decompressed copies."""
-    return component("data.sources", config.name).make(config, cache)
+    def check_text(self) -> None:
+        """Raises ConfigError where the source's records have no field `text_key`."""
+
+
+def open_source(config: Any, cache: Path, *, as_records: bool = False) -> DocumentSource:
+    """Opens the source of a parsed section; `cache` takes line indices and decompressed copies.
+
+    Args:
+      as_records: only `record` will be read, so that no field has to be the text.
+    """
+    source = component("data.sources", config.name).make(config, cache)
+    if not as_records:
+        source.check_text()
+    return source
 
 
 def source_key(config: Any) -> str:
     """A folder name for what is made from this source: readable, and unique to its settings."""
     settings = {k: v for k, v in to_dict(config).items() if k != "weight"}
+    if settings.get("columns", ()) is None:
+        del settings["columns"]  # younger than shards that people have
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4)
     stem = re.sub(r"\W+", "-", os.path.basename(config.path.rstrip("/"))).strip("-")[:40]
     return f"{stem or config.name}-{digest.hexdigest()}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_jax.core.config import ConfigError, nearest
 from llm_jax.data.decode import Undecodable, record_of
+from llm_jax.data.fields import Record, record_of_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +36,10 @@ class HuggingFaceSource:
     """Documents by index. Arrow files are mapped, so any row is read alone."""
 
     group_starts = None
+    split_ids = None
 
     def __init__(self, config: Config, dataset: Any):
         self._config, self._dataset = config, dataset
-        columns = dataset.column_names
-        if config.text_key not in columns:
-            raise ConfigError(
-                f"data: hf:{config.path} has no column {config.text_key!r}"
-                f"{nearest(config.text_key, columns)}; its columns: {', '.join(columns)}"
-                " (set text_key)"
-            )
         if not len(dataset):
             raise ConfigError(f"data: hf:{config.path} split {config.split!r} holds no row")
         key = f"{config.path} {config.config_name} {config.split} {config.revision} {len(dataset)}"
@@ -61,6 +56,21 @@ class HuggingFaceSource:
         if not isinstance(value, str):
             return {"text": "", "name": name, "malformed": True}
         return record_of(value, name, self._config.undecodable)
+
+    def record(self, index: int) -> Record:
+        """All columns; a label is its number."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        name = f"{self._config.path}:{self._config.split}:{index}"
+        return record_of_values(self._dataset[int(index)], name, self._config.undecodable)
+
+    def check_text(self) -> None:
+        key, columns = self._config.text_key, self._dataset.column_names
+        if key not in columns:
+            raise ConfigError(
+                f"data: hf:{self._config.path} has no column {key!r}{nearest(key, columns)}; "
+                f"its columns: {', '.join(columns)} (set text_key)"
+            )
 
 
 def make(config: Config, cache: Path) -> HuggingFaceSource:

@@ -1,4 +1,4 @@
-"""JSON lines: one document per line, under `text_key`; also .gz and .zst.
+"""JSON lines: one document per line, under `text_key`, or one record; also .gz and .zst.
 
 Lines are found once, by streaming, and their offsets kept in a file of the cache (8 bytes a line,
 mapped, not loaded). A compressed file is decompressed into the cache once: .gz and .zst files as
@@ -12,19 +12,22 @@ import gzip
 import hashlib
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from llm_jax.core.config import ConfigError, nearest
 from llm_jax.data.atomic import AtomicFile, NpyWriter
 from llm_jax.data.decode import Undecodable, decode, record_of
+from llm_jax.data.fields import Record, record_of_values
 from llm_jax.data.files import FileSet, OpenFiles, find_files
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson", ".ndjson.gz", ".ndjson.zst")
 _CHUNK = 16 << 20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +46,11 @@ class JsonlSource:
     """Documents by index: files in sorted order, lines in theirs.
 
     A line that is no JSON object with a string under `text_key` gives an empty text and "malformed":
-    whoever walks over the source counts them.
+    whoever walks over the source counts them. A record is the whole object.
     """
 
     group_starts = None
+    split_ids = None
 
     def __init__(self, config: Config, files: FileSet, cache: Path):
         self._config = config
@@ -63,7 +67,6 @@ class JsonlSource:
         self.fingerprint = hashlib.blake2b(files.fingerprint.encode(), digest_size=16).hexdigest()
         if not len(self):
             raise ConfigError(f"data: {config.path!r} holds no line")
-        self._check_key()
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -82,11 +85,25 @@ class JsonlSource:
             return record | {"text": text}
         return record_of(text, name, self._config.undecodable)
 
+    def record(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        name, raw = self._line(index)
+        line = decode(raw, name, self._config.undecodable)
+        undecodable = line.get("undecodable", 0)
+        if undecodable and not line["text"]:
+            return Record(name, {}, undecodable=undecodable)
+        fields = _parse(line["text"])
+        if not isinstance(fields, dict):
+            return Record(name, {}, malformed=True, undecodable=undecodable)
+        if _SURROGATE.search(line["text"]):
+            record = record_of_values(fields, name, self._config.undecodable)
+            return dataclasses.replace(record, undecodable=record.undecodable + undecodable)
+        return Record(name, fields, undecodable=undecodable)
+
     def _text(self, line: str) -> str | None:
-        try:
-            text = json.loads(line.lstrip("\ufeff"))[self._config.text_key]
-        except (ValueError, KeyError, TypeError, IndexError):
-            return None
+        fields = _parse(line)
+        text = fields.get(self._config.text_key) if isinstance(fields, dict) else None
         return text if isinstance(text, str) else None
 
     def _line(self, index: int) -> tuple[str, bytes]:
@@ -95,7 +112,7 @@ class JsonlSource:
         start, end = map(int, self._starts[number][line : line + 2])
         return f"{self._names[number]}:{line + 1}", self._files.pread(number, end - start, start)
 
-    def _check_key(self) -> None:
+    def check_text(self) -> None:
         name, raw = self._line(0)
         try:
             first = json.loads(raw.decode("utf-8-sig"))
@@ -107,6 +124,14 @@ class JsonlSource:
             raise ConfigError(
                 f"data: {name} has no key {key!r}{nearest(key, first)}; its keys: {keys} (set text_key)"
             )
+
+
+def _parse(line: str) -> Any:
+    """None where it is no JSON."""
+    try:
+        return json.loads(line.lstrip("\ufeff"))
+    except ValueError:
+        return None
 
 
 def make(config: Config, cache: Path) -> JsonlSource:

@@ -14,6 +14,7 @@ import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.data.decode import Undecodable, decode
+from llm_jax.data.fields import Record
 from llm_jax.data.files import FileSet, find_files
 
 STDLIB = "python:stdlib"
@@ -62,6 +63,7 @@ class TextSource:
     """
 
     group_starts = None
+    split_ids = None
 
     def __init__(self, config: Config, files: FileSet):
         self._policy = config.undecodable
@@ -94,6 +96,14 @@ class TextSource:
             functools.partial(self._files.read, number, 0, 4096) if name.endswith(".py") else None
         )
         return decode(raw, name if is_whole else f"{name}@{start}", self._policy, head)
+
+    def record(self, index: int) -> Record:
+        """The only field is "text"."""
+        document = self[index]
+        fields = {"text": document["text"]} if document["text"] else {}
+        return Record(document["name"], fields, undecodable=document.get("undecodable", 0))
+
+    def check_text(self) -> None: ...
 
 
 def make(config: Config, cache: Path) -> TextSource:

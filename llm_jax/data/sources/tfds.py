@@ -12,6 +12,7 @@ from typing import Any
 
 from llm_jax.core.config import ConfigError, nearest
 from llm_jax.data.decode import Undecodable, decode, record_of
+from llm_jax.data.fields import Record, record_of_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,11 @@ class TfdsSource:
     """Documents by index, in the order of the prepared files."""
 
     group_starts = None
+    split_ids = None
 
     def __init__(self, config: Config, builder: Any):
         self._config = config
+        self._features = list(builder.info.features)
         try:
             self._records = builder.as_data_source(split=config.split)
         except (ValueError, NotImplementedError, KeyError) as error:
@@ -52,13 +55,6 @@ class TfdsSource:
         self.fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         if not len(self._records):
             raise ConfigError(f"data: tfds:{config.path} split {config.split!r} holds no example")
-        features = builder.info.features
-        if config.text_key not in features:
-            raise ConfigError(
-                f"data: tfds:{config.path} has no feature {config.text_key!r}"
-                f"{nearest(config.text_key, features)}; its features: {', '.join(features)}"
-                " (set text_key)"
-            )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -71,6 +67,21 @@ class TfdsSource:
         if isinstance(value, bytes):
             return decode(value, name, self._config.undecodable)
         return record_of(str(value), name, self._config.undecodable)
+
+    def record(self, index: int) -> Record:
+        """All features; a label is its number."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        name = f"{self._config.path}:{self._config.split}:{index}"
+        return record_of_values(self._records[index], name, self._config.undecodable)
+
+    def check_text(self) -> None:
+        key, features = self._config.text_key, self._features
+        if key not in features:
+            raise ConfigError(
+                f"data: tfds:{self._config.path} has no feature {key!r}{nearest(key, features)}; "
+                f"its features: {', '.join(features)} (set text_key)"
+            )
 
 
 def make(config: Config, cache: Path) -> TfdsSource:

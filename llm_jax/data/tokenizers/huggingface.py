@@ -17,6 +17,7 @@ from llm_jax.data.tokenizers.huggingface_files import byte_level_alphabet, write
 from llm_jax.data.tokenizers.pieces import META_SPACE, MetaSpaceTokenizer, reject_surrogates
 
 _ROLES = ("bos_token", "eos_token", "pad_token")
+_ROLES_OF_ENCODERS = ("cls_token", "sep_token", "mask_token")
 _PROBES = (
     "def f(x):\n    return  x\r\n\n\t# end  ",
     " one  two Three, it's 1234567 don 't . ",
@@ -31,7 +32,7 @@ class Config:
     """path: a tokenizer.json, or the directory it is in.
 
     bos_token, eos_token, pad_token: None takes them from tokenizer_config.json beside it; bos and pad
-      fall back to eos.
+      fall back to eos, bos and eos of an encoder that has none (BERT) to its cls and sep.
     lossless: refuse a tokenizer that cannot give back every text.
     """
 
@@ -44,7 +45,7 @@ class Config:
 
 
 class HuggingFaceTokenizer(MetaSpaceTokenizer):
-    """Args: model: the content of tokenizer.json; roles: bos_token, eos_token, pad_token -> text."""
+    """Args: model: the content of tokenizer.json; roles: bos_token, eos_token, ... -> text."""
 
     name = "huggingface"
     model_file = "tokenizer.json"
@@ -54,7 +55,7 @@ class HuggingFaceTokenizer(MetaSpaceTokenizer):
         import tokenizers
 
         self._model = model
-        self._roles = {role: roles[role] for role in _ROLES}
+        self._roles = dict(roles)
         description = json.loads(model)
         rule = _DecodingRule.of(description)
         if rule is not None and rule.strips_space and _remove_dummy_prefix(description):
@@ -84,6 +85,7 @@ class HuggingFaceTokenizer(MetaSpaceTokenizer):
             pad_id=self._id_of(self._roles["pad_token"]),
             prefix=b" " if rule is not None and rule.strips_space else b"",
         )
+        self._ids_by_text |= {token.content: i for i, token in added.items()}
         if rule is not None and rule.meta_space:
             self._mark_ids = [self._id_of(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
 
@@ -207,13 +209,18 @@ def from_model(
 def _roles(config: Config, path: Path) -> dict[str, str]:
     beside = path.parent / "tokenizer_config.json"
     written = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    roles = {}
-    for role in _ROLES:
-        value = getattr(config, role) or written.get(role)
-        roles[role] = value["content"] if isinstance(value, dict) else value
-    if roles["eos_token"] is None:
+    named = {role: value for role, value in written.items() if role in _ROLES + _ROLES_OF_ENCODERS}
+    named |= {role: value for role in _ROLES if (value := getattr(config, role)) is not None}
+    roles = {
+        role: value["content"] if isinstance(value, dict) else value
+        for role, value in named.items()
+        if value is not None
+    }
+    if "eos_token" not in roles and {"cls_token", "sep_token"} <= roles.keys():
+        roles = {"bos_token": roles["cls_token"], "eos_token": roles["sep_token"]} | roles
+    if "eos_token" not in roles:
         raise ConfigError("no eos token: set eos_token, or put tokenizer_config.json beside it")
-    return {role: roles[role] or roles["eos_token"] for role in _ROLES}
+    return dict.fromkeys(_ROLES, roles["eos_token"]) | roles
 
 
 def _require_tokenizers() -> None:

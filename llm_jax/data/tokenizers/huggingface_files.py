@@ -16,6 +16,12 @@ BYTE_LEVEL_DECODER = {
     "trim_offsets": False,
     "use_regex": False,
 }
+_USUAL_ROLES = {
+    "[CLS]": "cls_token",
+    "[SEP]": "sep_token",
+    "[MASK]": "mask_token",
+    "<mask>": "mask_token",
+}
 
 
 def write_huggingface(
@@ -52,7 +58,7 @@ def write_huggingface(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "tokenizer.json", tokenizer)
-    write_tokenizer_config(directory, roles)
+    write_tokenizer_config(directory, roles, special_tokens.values())
 
 
 def _starts_documents(special_tokens: Mapping[int, str], bos: str | None) -> dict | None:
@@ -70,13 +76,22 @@ def _starts_documents(special_tokens: Mapping[int, str], bos: str | None) -> dic
     }
 
 
-def write_tokenizer_config(directory: Path, roles: Mapping[str, str]) -> None:
+def write_tokenizer_config(
+    directory: Path, roles: Mapping[str, str], special_tokens: Iterable[str] = ()
+) -> None:
+    """Special tokens that are not in `roles` get the role of that name, or are additional ones."""
+    texts = list(special_tokens)
+    usual = {role: text for text, role in _USUAL_ROLES.items() if text in texts}
+    roles = {**usual, **roles}
+    others = [text for text in texts if text not in roles.values()]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         **roles,
     }
+    if others:
+        config["additional_special_tokens"] = others
     _write_json(directory / "tokenizer_config.json", config)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llm_jax.core.config import component
+from llm_jax.core.config import ConfigError, component
 
 META_FILE = "tokenizer_meta.json"
 META_SPACE = "▁"  # U+2581, how SentencePiece writes a space inside a piece
@@ -43,6 +43,7 @@ class PieceTokenizer(abc.ABC):
         self.vocab_size = len(piece_bytes)
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
         self.special_tokens = dict(special_tokens)
+        self._ids_by_text = {text: i for i, text in self.special_tokens.items()}
         self._piece_bytes = [
             b"" if i in self.special_tokens else piece for i, piece in enumerate(piece_bytes)
         ]
@@ -85,6 +86,9 @@ class PieceTokenizer(abc.ABC):
             wrong = min(ids) if min(ids) < 0 else max(ids)
             raise ValueError(f"token id {wrong} is outside 0..{self.vocab_size - 1}")
         return b"".join(map(self._piece_bytes.__getitem__, ids))
+
+    def token_id(self, piece: str) -> int | None:
+        return self._ids_by_text.get(piece)
 
     def id_to_piece(self, token_id: int) -> str:
         if token_id in self.special_tokens:
@@ -157,6 +161,23 @@ class MetaSpaceTokenizer(PieceTokenizer):
             if part:
                 ids += self._encode(part)
         return ids
+
+
+def check_extra_tokens(extra_tokens: Sequence[str], taken: Iterable[str]) -> None:
+    """Raises ConfigError where a text cannot become a special token of its own.
+
+    Args:
+      taken: what the tokenizer's other special tokens and pieces are called.
+    """
+    seen = set(taken)
+    for token in extra_tokens:
+        if not token or not token.isprintable() or " " in token or META_SPACE in token:
+            raise ConfigError(
+                f"extra_tokens: {token!r}: expected printable characters without a space"
+            )
+        if token in seen:
+            raise ConfigError(f"extra_tokens: {token!r} is in the vocabulary already")
+        seen.add(token)
 
 
 def show_bytes(piece: bytes) -> str:

@@ -16,7 +16,12 @@ from typing import Any, Literal
 
 from llm_jax.core.config import ConfigError
 from llm_jax.data.tokenizers.huggingface_files import bpe_model, merges_in_order, write_huggingface
-from llm_jax.data.tokenizers.pieces import META_SPACE, MetaSpaceTokenizer, reject_surrogates
+from llm_jax.data.tokenizers.pieces import (
+    META_SPACE,
+    MetaSpaceTokenizer,
+    check_extra_tokens,
+    reject_surrogates,
+)
 from llm_jax.data.tokenizers.sentencepiece_proto import (
     NO_DUMMY_PREFIX,
     Model,
@@ -24,11 +29,12 @@ from llm_jax.data.tokenizers.sentencepiece_proto import (
     PieceType,
     read_model,
     round_scores,
+    with_control_pieces,
 )
 from llm_jax.data.tokenizers.training_sample import CHUNK_CHARACTERS, sample_chunks
 
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
-_FIXED_PIECES = 4 + 256  # the special tokens and one piece per byte
+_FIXED_TEXTS = ("<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256)))
 # The unigram trainer adds floats per thread: another number of threads is another model.
 _TRAINING_THREADS = 8
 _UNIGRAM, _BPE = 1, 2
@@ -41,10 +47,11 @@ _UNIGRAM_CHARACTERS = "</>0123456789ABCDEFxsunkpad"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """path: an existing `.model`; then only `num_threads` and `lossless` are looked at.
+    """path: an existing `.model`; then only extra_tokens, num_threads and lossless are looked at.
 
-    vocab_size: pieces to train, the four special tokens and 256 bytes among them. A small corpus may
-      yield fewer: the tokenizer's own `vocab_size` is what counts.
+    vocab_size: pieces to train, the four special tokens, 256 bytes and extra tokens among them. A small
+      corpus may yield fewer: the tokenizer's own `vocab_size` is what counts.
+    extra_tokens: further special tokens, such as "[MASK]"; their ids come after all others.
     model_type: "bpe" trains 4 MB in 1 s; "unigram" takes 6 s per MB and gives longer sequences here.
     character_coverage: share of the characters that get a piece; the rest become bytes.
     training_bytes: how much text to train on at most (about 60 bytes of memory for each).
@@ -69,11 +76,16 @@ class Config:
     max_piece_length: int = 16
     num_threads: int | None = None
     lossless: bool = True
+    extra_tokens: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.vocab_size <= _FIXED_PIECES:
+        check_extra_tokens(self.extra_tokens, _FIXED_TEXTS)
+        fixed = len(_FIXED_TEXTS) + len(self.extra_tokens)
+        if self.vocab_size <= fixed:
+            extra = f", {len(self.extra_tokens)} extra tokens" if self.extra_tokens else ""
             raise ConfigError(
-                f"vocab_size = {self.vocab_size}: must exceed {_FIXED_PIECES} (4 special tokens, 256 bytes)"
+                f"vocab_size = {self.vocab_size}: must exceed {fixed} "
+                f"(4 special tokens, 256 bytes{extra})"
             )
         if not 0.9 <= self.character_coverage <= 1:
             raise ConfigError(f"character_coverage = {self.character_coverage}: must be in 0.9..1")
@@ -184,13 +196,18 @@ def make(config: Config) -> SentencePieceTokenizer:
         raise ConfigError(f"no SentencePiece model at {config.path}")
     model = Path(config.path).read_bytes()
     try:
-        loss = read_model(model).loss
+        parsed = read_model(model)
     except ValueError as error:
         raise ConfigError(f"{config.path}: {error}") from None
-    if config.lossless and loss is not None:
+    if config.lossless and parsed.loss is not None:
         raise ConfigError(
-            f"{config.path} cannot give back every text: {loss}; lossless=False takes it"
+            f"{config.path} cannot give back every text: {parsed.loss}; lossless=False takes it"
         )
+    try:
+        check_extra_tokens(config.extra_tokens, (piece.text for piece in parsed.pieces))
+    except ConfigError as error:
+        raise ConfigError(f"{config.path}: {error}") from None
+    model = with_control_pieces(model, config.extra_tokens)
     return SentencePieceTokenizer(model, config.num_threads)
 
 
@@ -214,7 +231,11 @@ def train(
     """
     report = progress or (lambda line: None)
     chunks = sample_chunks(
-        texts, max_bytes=config.training_bytes, scan_bytes=config.scan_bytes, seed=config.seed
+        texts,
+        max_bytes=config.training_bytes,
+        scan_bytes=config.scan_bytes,
+        seed=config.seed,
+        reserved=config.extra_tokens,
     )
     size = sum(map(len, chunks))
     if not size:
@@ -235,7 +256,7 @@ def _train_model(config: Config, chunks: list[bytes]) -> bytes:
             sentence_iterator=iter(chunks),
             model_writer=model,
             model_type=config.model_type,
-            vocab_size=config.vocab_size,
+            vocab_size=config.vocab_size - len(config.extra_tokens),
             hard_vocab_limit=False,
             character_coverage=config.character_coverage,
             required_chars=_UNIGRAM_CHARACTERS if config.model_type == "unigram" else "",
@@ -262,9 +283,10 @@ def _train_model(config: Config, chunks: list[bytes]) -> bytes:
         raise ConfigError(
             f"sentencepiece cannot train {config.vocab_size} pieces: {reason}"
         ) from None
+    trained = model.getvalue()
     if config.model_type == "unigram":
-        return round_scores(model.getvalue(), _SCORE_STEPS)
-    return model.getvalue()
+        trained = round_scores(trained, _SCORE_STEPS)
+    return with_control_pieces(trained, config.extra_tokens)
 
 
 def _text_of(piece: Piece) -> str:
@@ -285,7 +307,7 @@ def _huggingface_bpe(model: Model, unk_id: int) -> dict[str, Any]:
     ]
     vocab = {
         _text_of(piece) if piece.type == PieceType.NORMAL else piece.text: i
-        for i, piece in enumerate(model.pieces)
+        for i, piece in enumerate(_without_extra_tokens(model.pieces))
     }
     merges = merges_in_order(text for _, _, text in sorted(normal))
     unk = model.pieces[unk_id].text
@@ -295,6 +317,14 @@ def _huggingface_bpe(model: Model, unk_id: int) -> dict[str, Any]:
 def _huggingface_unigram(model: Model, unk_id: int) -> dict[str, Any]:
     vocab = [
         [_text_of(piece), piece.score] if piece.type == PieceType.NORMAL else [piece.text, _NEVER]
-        for piece in model.pieces
+        for piece in _without_extra_tokens(model.pieces)
     ]
     return {"type": "Unigram", "unk_id": unk_id, "vocab": vocab, "byte_fallback": True}
+
+
+def _without_extra_tokens(pieces: list[Piece]) -> list[Piece]:
+    """Hugging Face puts added tokens after the model's, and so never finds them in plain text."""
+    count = len(pieces)
+    while pieces[count - 1].type == PieceType.CONTROL:
+        count -= 1
+    return pieces[:count]

@@ -7,13 +7,14 @@ runtime older than its compiler, which others (TensorFlow) pin. Field numbers: s
 import dataclasses
 import enum
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _SCORE = 2  # in a piece
 # A message that comes twice is merged and the last scalar wins, so an override is a suffix:
 # normalizer_spec { add_dummy_prefix: false }.
 NO_DUMMY_PREFIX = bytes([_NORMALIZER << 3 | 2, 2, 3 << 3, 0])
+_TEXT, _TYPE = 1, 3  # in a piece, as is _SCORE
 
 
 class PieceType(enum.IntEnum):
@@ -91,6 +92,16 @@ def read_model(data: bytes) -> Model:
     )
 
 
+def with_control_pieces(data: bytes, texts: Sequence[str]) -> bytes:
+    """The same model with more pieces, after its own ones, that no text is encoded as."""
+    pieces = b""
+    for text in texts:
+        raw = text.encode("utf-8")
+        piece = bytes([_TEXT << 3 | 2, *_as_varint(len(raw)), *raw, _TYPE << 3, PieceType.CONTROL])
+        pieces += bytes([_PIECES << 3 | 2, *_as_varint(len(piece)), *piece])
+    return data + pieces  # a repeated field goes on wherever it comes again
+
+
 def round_scores(data: bytes, steps: int) -> bytes:
     """The same model with every score a multiple of 1 / steps.
 
@@ -112,7 +123,7 @@ def round_scores(data: bytes, steps: int) -> bytes:
 
 def _piece(fields: dict[int, int | bytes]) -> Piece:
     score = struct.unpack("<f", fields[_SCORE])[0] if _SCORE in fields else 0.0
-    return Piece(fields[1].decode("utf-8"), score, PieceType(fields.get(3, PieceType.NORMAL)))
+    return Piece(fields[_TEXT].decode("utf-8"), score, PieceType(fields.get(_TYPE, 1)))
 
 
 def _message(data: bytes) -> dict[int, int | bytes]:
@@ -137,6 +148,14 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, int]]:
             raise ValueError("truncated")
         yield number, data[at : at + size], at + size
         at += size
+
+
+def _as_varint(value: int) -> bytes:
+    parts = []
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

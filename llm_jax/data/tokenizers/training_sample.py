@@ -6,7 +6,8 @@ stride doubles. So the sample always spans all that was read, and depends on not
 """
 
 import random
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from llm_jax.data.tokenizers.pieces import META_SPACE
 
@@ -14,13 +15,19 @@ CHUNK_CHARACTERS = 4000
 
 
 def sample_chunks(
-    texts: Iterable[str], *, max_bytes: int, scan_bytes: int, seed: int = 0
+    texts: Iterable[str],
+    *,
+    max_bytes: int,
+    scan_bytes: int,
+    seed: int = 0,
+    reserved: Sequence[str] = (),
 ) -> list[bytes]:
     """UTF-8 chunks of 1/2 to 1 times `max_bytes` together, or all there is if that is less.
 
     Args:
       scan_bytes: stop reading the texts here.
       seed: which of the evenly spaced chunks.
+      reserved: texts that are cut out, so that no piece is learnt from them.
 
     Raises:
       ValueError: a text holds a lone surrogate.
@@ -29,7 +36,9 @@ def sample_chunks(
     kept: list[tuple[int, bytes]] = []
     size = scanned = 0
     stride = 1
-    for index, chunk in enumerate(_chunks(texts)):
+    # U+2581 would be learnt as a space, and is encoded as bytes.
+    border = re.compile("|".join(map(re.escape, (META_SPACE, *reserved))))
+    for index, chunk in enumerate(_chunks(texts, border)):
         scanned += len(chunk)
         if scanned > scan_bytes:
             break
@@ -45,11 +54,10 @@ def sample_chunks(
     return [data for _, data in kept]
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[str]:
+def _chunks(texts: Iterable[str], border: re.Pattern) -> Iterator[str]:
     """Cuts before a newline, because the trainer strips newlines from the end of a sentence."""
     for text in texts:
-        # U+2581 would be learnt as a space, and is encoded as bytes.
-        for part in text.split(META_SPACE):
+        for part in border.split(text):
             start = 0
             while start < len(part):
                 end = start + CHUNK_CHARACTERS
