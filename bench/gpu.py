@@ -33,7 +33,7 @@ from bench import attention, fresh, measure
 from llm_jax.core.config import set_override
 from llm_jax.core.flags import run_entry
 from llm_jax.core.packing import next_token_batch
-from llm_jax.metrics.throughput import peak_flops, transformer_flops
+from llm_jax.metrics.throughput import peak_flops
 from llm_jax.nn.kernels.spec import AttentionSpec, Kernel
 from llm_jax.nn.remat import RematPolicy
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
@@ -41,6 +41,7 @@ from llm_jax.sharding.place import to_global_batch
 from llm_jax.sharding.xla_flags import apply
 from llm_jax.training.config import RunConfig, resolve
 from llm_jax.training.program import build_program
+from llm_jax.training.speed import flops_per_token
 
 MODEL = {
     "vocab_size": 32_768,
@@ -145,12 +146,8 @@ def rates(run: RunConfig, step_s: float, matmul_flops: float) -> dict[str, float
 
     mfu counts whole attention, as PaLM does; mfu_causal_half only what a causal mask leaves.
     """
-    length = run.data.sequence_length
-    tokens = run.train.batch_size * length / step_s
-    count = functools.partial(
-        transformer_flops, **run.model.flops_sizes(), sequence_length=length
-    )  # fmt: skip
-    whole, half = (tokens * count(causal_half=causal) for causal in (False, True))
+    tokens = run.train.batch_size * run.data.sequence_length / step_s
+    whole, half = (tokens * flops_per_token(run, causal_half=causal) for causal in (False, True))
     peak = peak_flops(jax.devices()[0].device_kind)
     return {
         "tokens_per_second": tokens,

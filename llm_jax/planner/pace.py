@@ -16,7 +16,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from llm_jax.metrics.throughput import keys_seen, transformer_flops
+from llm_jax.core.flops import keys_seen
 from llm_jax.nn.moe import MoeConfig
 from llm_jax.planner.chips import Chip, matmul_flops
 from llm_jax.planner.footprint import Block, element_size, tokens_at_once
@@ -26,6 +26,7 @@ from llm_jax.planner.links import seconds as link_seconds
 from llm_jax.planner.placement import Placement, Weight
 from llm_jax.planner.plan import Roofline
 from llm_jax.training.config import RunConfig
+from llm_jax.training.speed import flops_per_token
 
 MATMUL_EFFICIENCY = 0.85
 # Softmax runs on the vector unit between two products; a head narrower than the matrix unit wastes the rest.
@@ -62,9 +63,8 @@ class Traffic:
 def pace(run: RunConfig, placement: Placement) -> Roofline | None:
     """None where the chip's rates are not known, or the model is not of a family that counts FLOPs."""
     chip = placement.target.chip
-    if None in (chip.peak_flops, chip.hbm_bytes_per_second) or not hasattr(
-        run.model, "flops_sizes"
-    ):
+    full, causal = (flops_per_token(run, causal_half=half) for half in (False, True))
+    if None in (chip.peak_flops, chip.hbm_bytes_per_second, full):
         return None
     bounds: dict[str, float] = collections.defaultdict(float)
     flops, compute = _compute_seconds(run, placement, chip)
@@ -78,14 +78,6 @@ def pace(run: RunConfig, placement: Placement) -> Roofline | None:
     step = sum(bounds.values())
     tokens = run.train.batch_size * run.data.sequence_length
     rate = tokens / placement.target.num_chips / step
-    full, causal = (
-        transformer_flops(
-            **run.model.flops_sizes(),
-            sequence_length=run.data.sequence_length,
-            causal_half=half,
-        )
-        for half in (False, True)
-    )
     return Roofline(
         step_seconds=step,
         bounds={name: value for name, value in bounds.items() if value > 0},

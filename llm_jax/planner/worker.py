@@ -24,9 +24,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from llm_jax.core import flops
 from llm_jax.core.config import ConfigError, to_dict
 from llm_jax.core.flags import RunError, first_line
-from llm_jax.metrics import throughput
 from llm_jax.planner import chips, compiled, layout, rates, topology
 from llm_jax.planner.chips import device_memory, find_chip
 from llm_jax.planner.compile import ANSWER, REQUEST, STEP, Request, versions
@@ -36,6 +36,7 @@ from llm_jax.sharding import xla_flags
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.training.config import RunConfig, resolve
 from llm_jax.training.program import Program, build_program
+from llm_jax.training.speed import flops_per_token
 
 
 def main() -> None:
@@ -102,7 +103,7 @@ def _key(lowered: jax.stages.Lowered, request: Request, mesh: Mesh) -> str:
         "axes": dict(mesh.shape),
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for module in (compiled, layout, topology, chips, rates, throughput, sys.modules[__name__]):
+    for module in (compiled, layout, topology, chips, rates, flops, sys.modules[__name__]):
         digest.update(Path(module.__file__).read_bytes())
     digest.update(lowered.as_text(debug_info=True).encode())
     return digest.hexdigest()[:32]
@@ -261,16 +262,12 @@ def _wrap(target: str, mesh: Mesh) -> Sequence[bool]:
 
 
 def _model_flops(run: RunConfig) -> dict[str, float]:
-    if not hasattr(run.model, "flops_sizes"):
-        return {}
-    return {
-        name: throughput.transformer_flops(
-            **run.model.flops_sizes(),
-            sequence_length=run.data.sequence_length,
-            causal_half=causal_half,
-        )
+    """Per token, by both conventions; {} where the model's family does not count them."""
+    counts = {
+        name: flops_per_token(run, causal_half=causal_half)
         for name, causal_half in (("full", False), ("causal", True))
     }
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_jax.core import packing
 from llm_jax.core.packing import next_token_batch, segments_and_positions
 
 BOS, EOS = 1, 2
@@ -72,3 +73,35 @@ def test_the_rows_given_are_not_changed(eos):
     batch["tokens"][:] = 99
     batch["targets"][:] = 99
     np.testing.assert_array_equal(rows, before)
+
+
+@pytest.mark.parametrize("per_row", [1, 3])
+def test_examples_stand_one_after_another_in_their_rows(per_row):
+    rng = np.random.default_rng(per_row)
+    examples = [rng.integers(5, 50, rng.integers(0, 5)).tolist() for _ in range(4 * per_row)]
+    layout = packing.RowLayout.of([len(x) for x in examples], per_row, 14)
+    tokens = layout.filled(examples, -7)
+    for row in range(4):
+        at = 0
+        for number, example in enumerate(examples[row * per_row : (row + 1) * per_row]):
+            place = slice(at, at + len(example))
+            assert tokens[row, place].tolist() == example
+            assert (layout.segment_ids[row, place] == number + 1).all()
+            assert layout.positions[row, place].tolist() == list(range(len(example)))
+            at += len(example)
+        assert (tokens[row, at:] == -7).all()
+        assert not layout.segment_ids[row, at:].any()
+        assert not layout.positions[row, at:].any()
+    assert {x.dtype.name for x in (tokens, layout.segment_ids, layout.positions)} == {"int32"}
+    assert layout.filled(examples, 0, np.float32).dtype == np.float32
+
+
+def test_rows_that_are_overfull_are_found():
+    assert packing.overfull([3, 2, 1, 1, 4, 2], 2, 5).tolist() == [2]
+    assert packing.overfull([], 2, 5).tolist() == []
+
+
+def test_pad_rows():
+    rows = packing.pad_rows([[1, 2], [], [3, 4, 5]], 3, 9)
+    assert rows.tolist() == [[1, 2, 9], [9, 9, 9], [3, 4, 5]]
+    assert packing.pad_rows([], 3, 9).shape == (0, 3)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from llm_jax.core.flops import Shapes, dense_flops, transformer_flops
 from llm_jax.nn.attention import AttentionConfig
 from llm_jax.nn.block import TransformerConfig
 from llm_jax.nn.kernels.spec import AttentionSpec
@@ -18,6 +19,7 @@ BertHead = Literal[
     "token_classification",
     "question_answering",
 ]
+_POOLED = ("pretraining", "sequence_classification")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Config:
       "sequence_classification": `num_labels` classes from the first token.
       "token_classification": `num_labels` classes for each token.
       "question_answering": for each token, whether the answer starts and whether it ends there.
-    pooler: a layer over the first token, whatever the head; some checkpoints bring one.
+    pooler: a layer over the first token, on which two of the heads stand. None: there is one for those, and
+      for the head "none", since checkpoints bring one.
     num_positions: rows of the position table; the first `position_offset` are not used (RoBERTa: 2).
     """
 
@@ -45,7 +48,7 @@ class Config:
     activation: Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"] = "gelu"
     norm_epsilon: float = 1e-12
     head: BertHead = "pretraining"
-    pooler: bool = True
+    pooler: bool | None = None
     num_labels: int | None = None
     dropout: float = 0.0
     remat: RematPolicy = "none"
@@ -77,7 +80,9 @@ class Config:
                 f"num_labels {self.num_labels} with head {self.head!r}: sequence_classification and "
                 "token_classification need it, the others have none"
             )
-        if not self.pooler and self.head in ("pretraining", "sequence_classification"):
+        if self.pooler is None:
+            object.__setattr__(self, "pooler", self.head in ("none", *_POOLED))
+        if not self.pooler and self.head in _POOLED:
             raise ValueError(f"pooler False: the head {self.head!r} stands on the pooler")
 
     @property
@@ -92,6 +97,11 @@ class Config:
     def num_classes(self) -> int | None:
         """Of the head over the pooled first token."""
         return {"pretraining": 2, "sequence_classification": self.num_labels}.get(self.head)
+
+    @property
+    def num_token_classes(self) -> int | None:
+        """Of a head over each token that does not make tokens."""
+        return {"token_classification": self.num_labels, "question_answering": 2}.get(self.head)
 
     def transformer(self) -> TransformerConfig:
         head_dim = self.embed_dim // self.num_heads
@@ -114,3 +124,30 @@ class Config:
             init_stddev=self.init_stddev,
             scan_unroll=self.scan_unroll,
         )
+
+    def batch_flops(self, shapes: Shapes, *, causal_half: bool) -> float:
+        """Model FLOPs of a training step on a batch; all tokens see each other. See core/flops.py."""
+        del causal_half
+        rows, length = shapes["tokens"]
+        width = self.embed_dim
+        per_token = transformer_flops(
+            num_layers=self.num_layers,
+            embed_dim=width,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_heads,
+            head_dim=width // self.num_heads,
+            mlp_dim=self.mlp_dim,
+            gated=False,
+            vocab_size=None,
+            sequence_length=length,
+            causal_half=False,
+        )
+        total = rows * length * per_token
+        if self.head in ("masked_lm", "pretraining"):
+            predicted = shapes.get("predict_positions", shapes["tokens"])
+            total += dense_flops(rows * predicted[1], width * (width + self.vocab_size))
+        if self.num_token_classes is not None:
+            total += dense_flops(rows * length, width * self.num_token_classes)
+        if self.num_classes is not None:
+            total += dense_flops(rows, width * (width + self.num_classes))
+        return total

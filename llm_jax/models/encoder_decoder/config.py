@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from llm_jax.core.flops import Shapes, transformer_flops
 from llm_jax.nn.attention import AttentionConfig
 from llm_jax.nn.block import NormPlacement, TransformerConfig
 from llm_jax.nn.kernels.spec import AttentionSpec
@@ -119,3 +120,32 @@ class Config:
             init_stddev=self.init_stddev,
             scan_unroll=self.scan_unroll,
         )
+
+    def batch_flops(self, shapes: Shapes, *, causal_half: bool) -> float:
+        """Model FLOPs of a training step on a batch; see core/flops.py."""
+        rows, source = shapes["encoder_tokens"]
+        target = shapes["tokens"][1]
+        sizes = {
+            "embed_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "mlp_dim": self.mlp_dim,
+            "gated": self.gated,
+        }
+        encoder = transformer_flops(
+            **sizes,
+            num_layers=self.num_layers,
+            vocab_size=None,
+            sequence_length=source,
+            causal_half=False,
+        )
+        decoder = transformer_flops(
+            **sizes,
+            num_layers=self.num_decoder_layers,
+            vocab_size=self.vocab_size,
+            sequence_length=target,
+            causal_half=causal_half,
+            memory_length=source,
+        )
+        return rows * (source * encoder + target * decoder)
