@@ -1,114 +1,44 @@
-"""GPT-2, Llama, Qwen2 and Qwen3 of Hugging Face: names, layouts and configs, for both directions.
+"""Decoders of Hugging Face: names, layouts and configs, for both directions.
 
-One table per architecture. A row of `tensors` reads
+How to read the tables: models/hf_table.py. GPT-2 keeps query, key and value side by side in one
+tensor: there three of our paths make one, along "3".
 
-    our path | its dimensions | Hugging Face's name, `{}` the layer | its dimensions
-
-in letters: D embed, N query heads, K kv heads, H head dim, F mlp, V vocab, T positions. `(N H)` is
-one dimension made of two. Our blocks are stacked along a first axis that the rows leave out. GPT-2
-keeps query, key and value side by side in one tensor: there three of our paths make one, along "3".
-A row counts where our model has its paths, so biases and heads come and go with the config.
-
-Source: transformers 5.23, models/{gpt2,llama,qwen2,qwen3}; config.json is also read by 4.x.
+Source: transformers 5.23, models/{gpt2,llama,mistral,qwen2,qwen3,gemma2,gemma3,mixtral,qwen3_moe}; the
+names of experts are those of checkpoints, which transformers 5 packs in memory and writes as they were.
 """
 
 import dataclasses
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from llm_jax.core.config import ConfigError, parse
+from llm_jax.core.config import ConfigError
 from llm_jax.models.gpt.config import Config
-from llm_jax.nn.rope import RopeScaling
+from llm_jax.models.gpt.hf_windows import everywhere, in_layer_types, in_upper_layers
+from llm_jax.models.hf_config import ACTIVATIONS, Field, Group, local_rope, rope, value_of
+from llm_jax.models.hf_table import Architecture, Family, Row, in_blocks
 
-Sizes = Mapping[str, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """paths, dims: ours; several paths, with one space between, lie along the first of the dims."""
-
-    paths: str
-    dims: str
-    name: str
-    hf_dims: str
-
-    @property
-    def stacked(self) -> bool:
-        return "{}" in self.name
-
-    def shape(self, sizes: Sizes) -> tuple[int, ...]:
-        """Of the Hugging Face tensor."""
-        return tuple(math.prod(sizes[letter] for letter in group) for group in self._groups())
-
-    def to_hf(self, parts: Sequence[np.ndarray], sizes: Sizes) -> np.ndarray:
-        """One layer's arrays of `paths` as the Hugging Face tensor, contiguous."""
-        x = np.stack(parts) if len(parts) > 1 else parts[0]
-        order = [self.dims.split().index(letter) for letter in self._letters()]
-        return np.ascontiguousarray(x.transpose(order).reshape(self.shape(sizes)))
-
-    def from_hf(self, tensor: np.ndarray, sizes: Sizes) -> list[np.ndarray]:
-        """The inverse of `to_hf`; views of `tensor` where it can be."""
-        letters = self._letters()
-        x = tensor.reshape([sizes[letter] for letter in letters])
-        x = x.transpose([letters.index(letter) for letter in self.dims.split()])
-        return list(x) if len(self.paths.split()) > 1 else [x]
-
-    def _groups(self) -> list[list[str]]:
-        return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", self.hf_dims)]
-
-    def _letters(self) -> list[str]:
-        return [letter for group in self._groups() for letter in group]
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What one class of transformers computes, in terms of our Config.
-
-    fields: (ours, Hugging Face's key, what it means when config.json leaves it out).
-    fixed: values of our other fields, which may depend on those of `fields`.
-    only: keys that we can serve with this value alone, which is also transformers' default.
-    written: keys that are written and not read.
-    prefix: what checkpoints of the headless class leave out of the names.
-    buffers: names in old checkpoints that are no parameters.
-    """
-
-    model_type: str
-    class_name: str
-    prefix: str
-    fields: tuple[tuple[str, str, Any], ...]
-    fixed: Callable[[Mapping[str, Any]], dict[str, Any]]
-    only: Mapping[str, Any]
-    written: Mapping[str, Any]
-    buffers: re.Pattern
-    tensors: tuple[Row, ...]
-
-    def obstacles(self, config: Config) -> dict[str, Any]:
-        """Our fields that it has no place for, with the value it would take."""
-        values = vars(config)
-        fixed = {**_NOWHERE, **self.fixed(values)}
-        return {k: v for k, v in fixed.items() if values[k] != v}
-
-
-# What none of the architectures below has.
-_NOWHERE = {"experts": None, "attention_window": None, "attention_soft_cap": None}
-
-
-def _in_blocks(prefix: str, rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Rows of one block, with the paths and names they have in the whole model."""
-    return tuple(
-        Row(
-            " ".join(f"stack.layers.{path}" for path in row.paths.split()),
-            row.dims,
-            prefix + row.name,
-            row.hf_dims,
-        )
-        for row in rows
-    )
-
+# What an architecture has unless its table says otherwise.
+_PLAIN = {
+    "norm": "rmsnorm",
+    "norm_bias": False,
+    "norm_placement": "pre",
+    "norm_unit_offset": False,
+    "position": "rotary",
+    "local_rope_theta": None,
+    "gated": True,
+    "experts": None,
+    "attention_bias": False,
+    "attention_out_bias": lambda values: values["attention_bias"],
+    "mlp_bias": False,
+    "qk_norm": False,
+    "qk_norm_over": "head",
+    "attention_scale": None,
+    "attention_window": None,
+    "global_every": None,
+    "attention_soft_cap": None,
+    "final_soft_cap": None,
+    "scale_embeddings": False,
+}
 
 _GPT2_BLOCK = (
     Row("attention_norm.scale", "D", "ln_1.weight", "D"),
@@ -127,19 +57,85 @@ _GPT2_BLOCK = (
     Row("mlp.down_bias", "D", "mlp.c_proj.bias", "D"),
 )  # fmt: skip
 
-_LLAMA_BLOCK = (
-    Row("attention_norm.scale", "D", "input_layernorm.weight", "D"),
+
+def _read_inner(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    inner = value_of(content, "n_inner", 4 * values["embed_dim"])
+    return {"mlp_dim": 4 * values["embed_dim"] if inner is None else inner}
+
+
+GPT2 = Architecture(
+    model_type="gpt2",
+    class_name="GPT2LMHeadModel",
+    fields=(
+        Field("vocab_size", "vocab_size", 50257),
+        Field("embed_dim", "n_embd", 768),
+        Field("num_layers", "n_layer", 12),
+        Field("num_heads", "n_head", 12),
+        Field("max_length", "n_positions", 1024),
+        Field("activation", "activation_function", "gelu_new", names=ACTIVATIONS),
+        Field("norm_epsilon", "layer_norm_epsilon", 1e-5),
+        Field("tie_embeddings", "tie_word_embeddings", True),
+        Field("dropout", "resid_pdrop", 0.1),
+        Field("init_stddev", "initializer_range", 0.02),
+    ),
+    groups=(
+        Group(("n_inner",), ("mlp_dim",), _read_inner, lambda values: {"n_inner": values["mlp_dim"]}),
+    ),
+    fixed=_PLAIN
+    | {
+        "norm": "layernorm",
+        "norm_bias": True,
+        "position": "learned",
+        "gated": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "num_kv_heads": lambda values: values["num_heads"],
+        "head_dim": lambda values: values["embed_dim"] / values["num_heads"],
+    },
+    only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    written={"attn_pdrop": 0.0},
+    ignored=frozenset({
+        "n_ctx", "embd_pdrop", "reorder_and_upcast_attn", "summary_type", "summary_use_proj",
+        "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+    }),
+    prefix="transformer.",
+    skipped=r"h\.\d+\.attn\.(bias|masked_bias)",
+    copies={"lm_head.weight": "transformer.wte.weight"},
+    tensors=(
+        Row("embed", "V D", "transformer.wte.weight", "V D"),
+        Row("position_embed", "T D", "transformer.wpe.weight", "T D"),
+        *in_blocks("stack.layers.", "transformer.h.{}.", _GPT2_BLOCK),
+        Row("final_norm.scale", "D", "transformer.ln_f.weight", "D"),
+        Row("final_norm.bias", "D", "transformer.ln_f.bias", "D"),
+        Row("head", "D V", "lm_head.weight", "V D"),
+    ),
+)  # fmt: skip
+
+_ATTENTION = (
     Row("attention.query", "D N H", "self_attn.q_proj.weight", "(N H) D"),
     Row("attention.key", "D K H", "self_attn.k_proj.weight", "(K H) D"),
     Row("attention.value", "D K H", "self_attn.v_proj.weight", "(K H) D"),
     Row("attention.query_bias", "N H", "self_attn.q_proj.bias", "(N H)"),
     Row("attention.key_bias", "K H", "self_attn.k_proj.bias", "(K H)"),
     Row("attention.value_bias", "K H", "self_attn.v_proj.bias", "(K H)"),
-    Row("attention.query_norm.scale", "H", "self_attn.q_norm.weight", "H"),
-    Row("attention.key_norm.scale", "H", "self_attn.k_norm.weight", "H"),
     Row("attention.out", "N H D", "self_attn.o_proj.weight", "D (N H)"),
     Row("attention.out_bias", "D", "self_attn.o_proj.bias", "D"),
+)
+_HEAD_NORMS = (
+    Row("attention.query_norm.scale", "H", "self_attn.q_norm.weight", "H"),
+    Row("attention.key_norm.scale", "H", "self_attn.k_norm.weight", "H"),
+)
+_NORMS_BEFORE = (
+    Row("attention_norm.scale", "D", "input_layernorm.weight", "D"),
     Row("mlp_norm.scale", "D", "post_attention_layernorm.weight", "D"),
+)
+_NORMS_AROUND = (
+    Row("attention_norm.scale", "D", "input_layernorm.weight", "D"),
+    Row("attention_out_norm.scale", "D", "post_attention_layernorm.weight", "D"),
+    Row("mlp_norm.scale", "D", "pre_feedforward_layernorm.weight", "D"),
+    Row("mlp_out_norm.scale", "D", "post_feedforward_layernorm.weight", "D"),
+)
+_MLP = (
     Row("mlp.gate", "D F", "mlp.gate_proj.weight", "F D"),
     Row("mlp.gate_bias", "F", "mlp.gate_proj.bias", "F"),
     Row("mlp.up", "D F", "mlp.up_proj.weight", "F D"),
@@ -147,312 +143,288 @@ _LLAMA_BLOCK = (
     Row("mlp.down", "F D", "mlp.down_proj.weight", "D F"),
     Row("mlp.down_bias", "D", "mlp.down_proj.bias", "D"),
 )
+_MIXTRAL_MOE = (
+    Row("mlp.router", "D E", "block_sparse_moe.gate.weight", "E D"),
+    Row("mlp.gate", "E D F", "block_sparse_moe.experts.{}.w1.weight", "F D"),
+    Row("mlp.down", "E F D", "block_sparse_moe.experts.{}.w2.weight", "D F"),
+    Row("mlp.up", "E D F", "block_sparse_moe.experts.{}.w3.weight", "F D"),
+)
+_QWEN_MOE = (
+    Row("mlp.router", "D E", "mlp.gate.weight", "E D"),
+    Row("mlp.gate", "E D F", "mlp.experts.{}.gate_proj.weight", "F D"),
+    Row("mlp.up", "E D F", "mlp.experts.{}.up_proj.weight", "F D"),
+    Row("mlp.down", "E F D", "mlp.experts.{}.down_proj.weight", "D F"),
+)
 
-GPT2 = Architecture(
-    model_type="gpt2",
-    class_name="GPT2LMHeadModel",
-    prefix="transformer.",
-    fields=(
-        ("vocab_size", "vocab_size", 50257),
-        ("embed_dim", "n_embd", 768),
-        ("num_layers", "n_layer", 12),
-        ("num_heads", "n_head", 12),
-        ("mlp_dim", "n_inner", None),
-        ("max_length", "n_positions", 1024),
-        ("activation", "activation_function", "gelu_new"),
-        ("norm_epsilon", "layer_norm_epsilon", 1e-5),
-        ("tie_embeddings", "tie_word_embeddings", True),
-        ("dropout", "resid_pdrop", 0.1),
-        ("init_stddev", "initializer_range", 0.02),
-    ),
-    fixed=lambda values: {
-        "norm": "layernorm",
-        "norm_bias": True,
-        "position": "learned",
-        "gated": False,
-        "attention_bias": True,
-        "attention_out_bias": True,
-        "mlp_bias": True,
-        "qk_norm": False,
-        "num_kv_heads": values["num_heads"],
-        "head_dim": values["embed_dim"] / values["num_heads"],
-    },
-    only={
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    },
-    written={"attn_pdrop": 0.0},
-    buffers=re.compile(r"h\.\d+\.attn\.(bias|masked_bias)"),
-    tensors=(
-        Row("embed", "V D", "transformer.wte.weight", "V D"),
-        Row("position_embed", "T D", "transformer.wpe.weight", "T D"),
-        *_in_blocks("transformer.h.{}.", _GPT2_BLOCK),
-        Row("final_norm.scale", "D", "transformer.ln_f.weight", "D"),
-        Row("final_norm.bias", "D", "transformer.ln_f.bias", "D"),
+
+def _tensors(*parts: Sequence[Row]) -> tuple[Row, ...]:
+    """Of a whole model whose blocks are made of these rows."""
+    return (
+        Row("embed", "V D", "model.embed_tokens.weight", "V D"),
+        *in_blocks("stack.layers.", "model.layers.{}.", [row for part in parts for row in part]),
+        Row("final_norm.scale", "D", "model.norm.weight", "D"),
         Row("head", "D V", "lm_head.weight", "V D"),
-    ),
-)
+    )
 
-_LLAMA_FIXED = {
-    "norm": "rmsnorm",
-    "norm_bias": False,
-    "position": "rotary",
-    "gated": True,
-    "qk_norm": False,
-}
+
+def _with(fields: Sequence[Field], *without: str, **defaults: Any) -> tuple[Field, ...]:
+    """The fields with other defaults, by key, and less those that are not there."""
+    return tuple(
+        dataclasses.replace(field, default=defaults.get(field.key, field.default))
+        for field in fields
+        if field.key not in without
+    )
+
+
 _LLAMA_FIELDS = (
-    ("vocab_size", "vocab_size", 32000),
-    ("embed_dim", "hidden_size", 4096),
-    ("num_layers", "num_hidden_layers", 32),
-    ("num_heads", "num_attention_heads", 32),
-    ("num_kv_heads", "num_key_value_heads", None),
-    ("head_dim", "head_dim", None),
-    ("mlp_dim", "intermediate_size", 11008),
-    ("max_length", "max_position_embeddings", 2048),
-    ("activation", "hidden_act", "silu"),
-    ("norm_epsilon", "rms_norm_eps", 1e-6),
-    ("tie_embeddings", "tie_word_embeddings", False),
-    ("attention_bias", "attention_bias", False),
-    ("mlp_bias", "mlp_bias", False),
-    ("init_stddev", "initializer_range", 0.02),
+    Field("vocab_size", "vocab_size", 32000),
+    Field("embed_dim", "hidden_size", 4096),
+    Field("num_layers", "num_hidden_layers", 32),
+    Field("num_heads", "num_attention_heads", 32),
+    Field("num_kv_heads", "num_key_value_heads", None),
+    Field("head_dim", "head_dim", None),
+    Field("mlp_dim", "intermediate_size", 11008),
+    Field("max_length", "max_position_embeddings", 2048),
+    Field("activation", "hidden_act", "silu", names=ACTIVATIONS),
+    Field("norm_epsilon", "rms_norm_eps", 1e-6),
+    Field("tie_embeddings", "tie_word_embeddings", False),
+    Field("attention_bias", "attention_bias", False),
+    Field("mlp_bias", "mlp_bias", False),
+    Field("init_stddev", "initializer_range", 0.02),
 )
+# LlamaConfig and the configs of Gemma refuse another size, even where head_dim makes it harmless.
+_WHOLE_HEADS = {"embed_dim": lambda values: values["embed_dim"] // values["num_heads"] * values["num_heads"]}  # fmt: skip
 
 LLAMA = Architecture(
     model_type="llama",
     class_name="LlamaForCausalLM",
-    prefix="model.",
     fields=_LLAMA_FIELDS,
-    fixed=lambda values: {
-        **_LLAMA_FIXED,
-        "attention_out_bias": values["attention_bias"],
-        # LlamaConfig refuses another size, even where head_dim makes it harmless.
-        "embed_dim": values["embed_dim"] // values["num_heads"] * values["num_heads"],
-    },
-    only={},
+    groups=(rope(),),
+    fixed=_PLAIN,
+    limits=_WHOLE_HEADS,
     written={"attention_dropout": 0.0},
-    buffers=re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
-    tensors=(
-        Row("embed", "V D", "model.embed_tokens.weight", "V D"),
-        *_in_blocks("model.layers.{}.", _LLAMA_BLOCK),
-        Row("final_norm.scale", "D", "model.norm.weight", "D"),
-        Row("head", "D V", "lm_head.weight", "V D"),
-    ),
+    ignored=frozenset({"pretraining_tp"}),
+    prefix="model.",
+    skipped=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    copies={"lm_head.weight": "model.embed_tokens.weight"},
+    tensors=_tensors(_NORMS_BEFORE, _ATTENTION, _HEAD_NORMS, _MLP),
 )
+
+_MISTRAL_DEFAULTS = {
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+}
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    model_type="mistral",
+    class_name="MistralForCausalLM",
+    fields=(
+        *_with(_LLAMA_FIELDS, "attention_bias", "mlp_bias", **_MISTRAL_DEFAULTS),
+        Field("attention_window", "sliding_window", 4096),
+    ),
+    limits={},
+    ignored=frozenset(),
+)
+
 
 _QWEN_DEFAULTS = {
     "vocab_size": 151936,
+    "num_key_value_heads": 32,
     "intermediate_size": 22016,
     "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
 }
-_QWEN_FIELDS = tuple(
-    (ours, key, _QWEN_DEFAULTS.get(key, default))
-    for ours, key, default in _LLAMA_FIELDS
-    if key != "mlp_bias"
-)
 
 QWEN2 = dataclasses.replace(
     LLAMA,
     model_type="qwen2",
     class_name="Qwen2ForCausalLM",
-    fields=tuple(field for field in _QWEN_FIELDS if field[0] != "attention_bias"),
-    fixed=lambda values: {
-        **_LLAMA_FIXED,
-        "attention_bias": True,
-        "attention_out_bias": False,
-        "mlp_bias": False,
+    fields=_with(_LLAMA_FIELDS, "attention_bias", "mlp_bias", **_QWEN_DEFAULTS),
+    groups=(rope(), in_upper_layers()),
+    fixed=_PLAIN | {"attention_bias": True, "attention_out_bias": False},
+    # A period that is longer than the model cannot be seen from its layers.
+    limits={
+        "global_every": lambda values: (
+            values["global_every"]
+            if (values["global_every"] or 0) <= values["num_layers"]
+            else None
+        )
     },
-    only={"use_sliding_window": False},
+    ignored=frozenset(),
 )
 
 QWEN3 = dataclasses.replace(
-    LLAMA,
+    QWEN2,
     model_type="qwen3",
     class_name="Qwen3ForCausalLM",
-    fields=tuple(
-        (ours, key, 128 if key == "head_dim" else default) for ours, key, default in _QWEN_FIELDS
-    ),
-    fixed=lambda values: {
-        **_LLAMA_FIXED,
-        "attention_out_bias": values["attention_bias"],
-        "mlp_bias": False,
-        "qk_norm": True,
-    },
-    only={"use_sliding_window": False},
+    fields=_with(_LLAMA_FIELDS, "mlp_bias", head_dim=128, **_QWEN_DEFAULTS),
+    fixed=_PLAIN | {"qk_norm": True},
 )
 
-ARCHITECTURES = {a.model_type: a for a in (GPT2, LLAMA, QWEN2, QWEN3)}
 
-# transformers has several names for one function; the first is the one that is written.
-_ACTIVATIONS = {
-    "gelu": ("gelu", "gelu_python"),
-    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh"),
-    "silu": ("silu", "swish"),
-    "relu": ("relu",),
-    "relu_squared": ("relu2",),
+def _read_scalar(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    scalar = value_of(content, "query_pre_attn_scalar", 256)
+    if scalar is None:
+        raise ConfigError("config.json: query_pre_attn_scalar = None: expected a whole number")
+    return {"attention_scale": scalar**-0.5}
+
+
+def _scalar(values: Mapping[str, Any]) -> int:
+    scale = values["attention_scale"]
+    return values["head_dim"] if scale is None else max(1, round(scale**-2))
+
+
+_QUERY_SCALAR = Group(
+    ("query_pre_attn_scalar",),
+    ("attention_scale",),
+    _read_scalar,
+    lambda values: {"query_pre_attn_scalar": _scalar(values)},
+)
+_GEMMA_FIXED = _PLAIN | {
+    "norm_placement": "both",
+    "norm_unit_offset": True,
+    "scale_embeddings": True,
+}
+_GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu_tanh": ("gelu_pytorch_tanh", *ACTIVATIONS["gelu_tanh"])}
+
+GEMMA2 = dataclasses.replace(
+    LLAMA,
+    model_type="gemma2",
+    class_name="Gemma2ForCausalLM",
+    fields=(
+        *_with(
+            _LLAMA_FIELDS, "hidden_act", "mlp_bias",
+            vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+            num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+            max_position_embeddings=8192, tie_word_embeddings=True,
+        ),
+        Field("activation", "hidden_activation", "gelu_pytorch_tanh", names=_GEMMA_ACTIVATIONS),
+        Field("attention_soft_cap", "attn_logit_softcapping", 50.0),
+        Field("final_soft_cap", "final_logit_softcapping", 30.0),
+    ),
+    groups=(rope(), _QUERY_SCALAR, in_layer_types(every=2)),
+    fixed=_GEMMA_FIXED,
+    limits=_WHOLE_HEADS
+    | {
+        # transformers has it as a whole number, and no layer types without a window.
+        "attention_scale": lambda values: values["attention_scale"] and _scalar(values) ** -0.5,
+        "attention_window": lambda values: values["attention_window"] or 4096,
+    },
+    only={"use_bidirectional_attention": False},
+    ignored=frozenset({"hidden_act", "sliding_window_size"}),
+    tensors=_tensors(_NORMS_AROUND, _ATTENTION, _HEAD_NORMS, _MLP),
+)  # fmt: skip
+
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    model_type="gemma3_text",
+    class_name="Gemma3ForCausalLM",
+    fields=_with(
+        GEMMA2.fields, "attn_logit_softcapping",
+        vocab_size=262208, max_position_embeddings=131072, final_logit_softcapping=None,
+    ),
+    groups=(local_rope(1_000_000.0, 10_000.0), _QUERY_SCALAR, in_layer_types(every=6)),
+    fixed=_GEMMA_FIXED | {"qk_norm": True},
+    limits=GEMMA2.limits
+    | {"local_rope_theta": lambda values: values["local_rope_theta"] or values["rope_theta"]},
+    only={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+    ignored=frozenset(),
+)  # fmt: skip
+
+_SPARSE = {key: value for key, value in _PLAIN.items() if key != "experts"} | {
+    "mlp_dim": None,
+    "activation": "silu",
+    "experts.gated": True,
+    "experts.shared_dim": None,
 }
 
 
-def architecture_for(config: Config) -> Architecture:
-    """The architecture that computes what this config does.
-
-    Raises:
-      ConfigError: there is none; names what stands between the config and the nearest.
-    """
-    obstacles = {name: a.obstacles(config) for name, a in ARCHITECTURES.items()}
-    name = min(obstacles, key=lambda name: len(obstacles[name]))
-    if obstacles[name]:
-        wrong = " and ".join(
-            f"model.{field}"
-            + ("" if field == "experts" else f" = {getattr(config, field)!r}")
-            + f" (it takes {value!r})"
-            for field, value in obstacles[name].items()
-        )
-        raise ConfigError(
-            f"no Hugging Face architecture computes this model; the nearest, "
-            f"{ARCHITECTURES[name].class_name}, has no place for {wrong}"
-        )
-    return ARCHITECTURES[name]
+def _experts(count: str, mlp_dim: str) -> tuple[Field, ...]:
+    """Of every mixture, with Mixtral's defaults; transformers has two names for their number."""
+    also = {"num_experts", "num_local_experts"} - {count}
+    return (
+        Field("experts.num_experts", count, 8, also=tuple(also)),
+        Field("experts.mlp_dim", mlp_dim, 14336),
+        Field("experts.experts_per_token", "num_experts_per_tok", 2),
+        Field("experts.activation", "hidden_act", "silu", names=ACTIVATIONS),
+        Field("experts.load_balance", "router_aux_loss_coef", 0.001),
+    )
 
 
-def sizes(config: Config) -> dict[str, int]:
+MIXTRAL = dataclasses.replace(
+    MISTRAL,
+    model_type="mixtral",
+    class_name="MixtralForCausalLM",
+    fields=(
+        *_with(
+            MISTRAL.fields, "hidden_act", "intermediate_size", rms_norm_eps=1e-5, sliding_window=None
+        ),
+        *_experts("num_local_experts", "intermediate_size"),
+    ),
+    groups=(rope(1_000_000.0),),
+    fixed=_SPARSE | {"experts.normalize_weights": True},
+    only={"router_jitter_noise": 0.0},
+    ignored=frozenset({"output_router_logits"}),
+    tensors=_tensors(_NORMS_BEFORE, _ATTENTION, _MIXTRAL_MOE),
+)  # fmt: skip
+
+QWEN3_MOE = dataclasses.replace(
+    QWEN3,
+    model_type="qwen3_moe",
+    class_name="Qwen3MoeForCausalLM",
+    fields=(
+        *_with(
+            _LLAMA_FIELDS, "hidden_act", "intermediate_size", "mlp_bias",
+            vocab_size=151936, hidden_size=2048, num_hidden_layers=24, num_key_value_heads=4,
+            max_position_embeddings=32768,
+        ),
+        *_with(
+            _experts("num_experts", "moe_intermediate_size"),
+            num_experts=128, moe_intermediate_size=768, num_experts_per_tok=8,
+        ),
+        Field("experts.normalize_weights", "norm_topk_prob", False),
+    ),
+    groups=(rope(), everywhere()),
+    fixed=_SPARSE | {"qk_norm": True},
+    only={"decoder_sparse_step": 1, "mlp_only_layers": []},
+    # intermediate_size is that of layers without experts, of which there are none.
+    written={"attention_dropout": 0.0, "intermediate_size": 6144},
+    ignored=frozenset({"output_router_logits", "max_window_layers"}),
+    tensors=_tensors(_NORMS_BEFORE, _ATTENTION, _HEAD_NORMS, _QWEN_MOE),
+)  # fmt: skip
+
+
+def _sizes(config: Config) -> dict[str, int]:
     """What the letters of the tables stand for."""
     return {
         "D": config.embed_dim,
         "N": config.num_heads,
         "K": config.num_kv_heads,
         "H": config.head_dim,
-        "F": config.mlp_dim,
+        "F": config.experts.mlp_dim if config.experts else config.mlp_dim,
+        "E": config.experts.num_experts if config.experts else 0,
         "V": config.vocab_size,
         "T": config.max_length,
         "3": 3,
     }
 
 
-def hf_config(
-    config: Config,
-    *,
-    bos_id: int | None = None,
-    eos_id: int | None = None,
-    pad_id: int | None = None,
-) -> dict[str, Any]:
-    """The content of config.json.
-
-    Raises:
-      ConfigError: no architecture of Hugging Face computes this model.
-    """
-    architecture = architecture_for(config)
-    out: dict[str, Any] = {
-        "architectures": [architecture.class_name],
-        "model_type": architecture.model_type,
-    }
-    out |= {key: getattr(config, ours) for ours, key, _ in architecture.fields}
-    activation = _activation_key(architecture)
-    out[activation] = _ACTIVATIONS[out[activation]][0]
-    out |= {**architecture.only, **architecture.written}
-    if config.position == "rotary":
-        out |= _rope_to_hf(config)
-    # The embedding's row of pad_token_id gets no gradient in transformers: never a token in use.
-    pad_id = None if pad_id in (bos_id, eos_id) else pad_id
-    out |= {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    return out | {"dtype": "float32", "torch_dtype": "float32"}  # the key of 5.x, of 4.x
-
-
-def config_from_hf(content: Mapping[str, Any]) -> Config:
-    """The Config of a config.json.
-
-    Raises:
-      ConfigError: another architecture, or an option that our model cannot compute.
-    """
-    architecture = ARCHITECTURES.get(content.get("model_type"))
-    if architecture is None:
-        raise ConfigError(
-            f"model_type = {content.get('model_type')!r} cannot be read; "
-            f"choices: {', '.join(ARCHITECTURES)}"
-        )
-    _check_options(architecture, content)
-    values = {ours: content.get(key, default) for ours, key, default in architecture.fields}
-    for field in ("embed_dim", "num_heads"):
-        if not isinstance(values[field], int) or values[field] < 1:
-            raise ConfigError(f"config.json: {field} = {values[field]!r}: expected a positive int")
-    if values["mlp_dim"] is None:
-        values["mlp_dim"] = 4 * values["embed_dim"]
-    values["activation"] = _our_activation(values["activation"])
-    values = {**architecture.fixed(values), **values}
-    if values["position"] == "rotary":
-        values |= _rope_from_hf(content)
-    return parse(Config, values, "config.json")
-
-
-def _activation_key(architecture: Architecture) -> str:
-    return next(key for ours, key, _ in architecture.fields if ours == "activation")
-
-
-def _our_activation(name: str) -> str:
-    for ours, theirs in _ACTIVATIONS.items():
-        if name in theirs:
-            return ours
-    known = ", ".join(name for names in _ACTIVATIONS.values() for name in names)
-    raise ConfigError(f"config.json: activation {name!r} cannot be computed; choices: {known}")
-
-
-def _check_options(architecture: Architecture, content: Mapping[str, Any]) -> None:
-    only = {**architecture.only, "partial_rotary_factor": 1.0, "quantization_config": None}
-    for key, value in only.items():
-        if content.get(key, value) not in (value, None):
-            raise ConfigError(
-                f"config.json: {key} = {content[key]!r} cannot be computed, only {value!r}"
-            )
-    others = set(content.get("layer_types") or ()) - {"full_attention"}
-    if others:
-        raise ConfigError(
-            f"config.json: layer_types has {', '.join(sorted(others))}; only full_attention can be "
-            "computed"
-        )
-
-
-def _rope_to_hf(config: Config) -> dict[str, Any]:
-    """Under the keys of transformers 5 (rope_parameters) and of 4 (rope_theta, rope_scaling)."""
-    scaling = None
-    if config.rope_scaling is not None:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": config.rope_scaling.factor,
-            "low_freq_factor": config.rope_scaling.low_frequency_factor,
-            "high_freq_factor": config.rope_scaling.high_frequency_factor,
-            "original_max_position_embeddings": config.rope_scaling.original_max_length,
+FAMILY = Family(
+    name="gpt",
+    config=Config,
+    architectures=(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE),
+    sizes=_sizes,
+    free=frozenset(
+        {
+            "max_length",
+            "dropout",
+            "remat",
+            "scan_unroll",
+            "init_stddev",
+            "experts.load_balance",
+            "experts.router_z",
+            "experts.capacity_factor",
+            "experts.round_factor",
         }
-    return {
-        "rope_parameters": {
-            "rope_theta": config.rope_theta,
-            **(scaling or {"rope_type": "default"}),
-        },
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-    }
-
-
-def _rope_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
-    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    per_layer = any(isinstance(value, Mapping) for value in rope.values())
-    if kind not in ("default", "llama3") or per_layer or rope.get("partial_rotary_factor", 1) != 1:
-        raise ConfigError(
-            f"config.json: rotary positions {dict(rope)!r} cannot be computed; "
-            "choices of rope_type: default, llama3, the same for all layers and the whole head"
-        )
-    scaling = None
-    if kind == "llama3":
-        missing = {"factor", "low_freq_factor", "high_freq_factor"} - rope.keys()
-        if missing:
-            raise ConfigError(f"config.json: llama3 rope lacks {', '.join(sorted(missing))}")
-        length = content.get("max_position_embeddings", 2048)
-        scaling = RopeScaling(
-            factor=float(rope["factor"]),
-            low_frequency_factor=float(rope["low_freq_factor"]),
-            high_frequency_factor=float(rope["high_freq_factor"]),
-            original_max_length=int(rope.get("original_max_position_embeddings", length)),
-        )
-    theta = rope.get("rope_theta", content.get("rope_theta", 10_000.0))
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    ),
+)

@@ -8,6 +8,7 @@ from llm_jax.core.param import normal, param
 from llm_jax.core.types import Batch, Head, ModelOutput
 from llm_jax.models.gpt.config import Config
 from llm_jax.nn.cache import KVCache
+from llm_jax.nn.head import head_logits
 from llm_jax.nn.mask import Places
 from llm_jax.nn.moe import router_loss, router_metrics
 from llm_jax.nn.norm import Norm
@@ -17,7 +18,7 @@ from llm_jax.sharding.rules import active_rules, constrain, sum_over_copies
 
 
 class GPT(nnx.Module):
-    """Next-token logits from `tokens`, with optional `segment_ids` and `positions`."""
+    """Next-token logits from `tokens`, with optional `segment_ids`, `positions` and `prefix`."""
 
     def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
         self.config, self.precision = config, precision
@@ -59,17 +60,20 @@ class GPT(nnx.Module):
         with jax.named_scope("embed"):
             table = constrain(self.embed[...], "vocab", None)
             x = self.precision.cast(table[tokens])
+            if self.config.scale_embeddings:
+                x = x * jnp.asarray(self.config.embed_dim**0.5, x.dtype)
             if self.config.position == "learned":
                 x = x + self.precision.cast(self.position_embed[...][places.positions])
             x = dropout(x, self.config.dropout, keys[0])
             x = constrain(x, "batch", "residual_length", "activation_embed")
         with jax.named_scope("stack"):
-            out = self.stack(x, places, key=keys[1], cache=cache, capture=capture)
+            out = self.stack(
+                x, places, prefix=batch.get("prefix"), key=keys[1], cache=cache, capture=capture
+            )
         with jax.named_scope("final_norm"):
             x = self.final_norm(out.x)
-        tied = self.config.tie_embeddings
-        head = Head(self.embed[...], "btd,vd->btv") if tied else Head(self.head[...], "btd,dv->btv")
-        logits = self._logits(x, head)
+        head = self._head()
+        logits = head_logits(self.precision, x, head)
         aux_loss, metrics = 0.0, {}
         if out.router is not None:
             router = sum_over_copies(out.router)
@@ -79,10 +83,11 @@ class GPT(nnx.Module):
             logits, x, head, out.cache, aux_loss=aux_loss, metrics=metrics, captured=out.captured
         )
 
-    @jax.named_scope("head")
-    def _logits(self, x: jax.Array, head: Head) -> jax.Array:
-        logits = self.precision.einsum(head.spec, x, head.weights, out_dtype=jnp.float32)
-        return constrain(logits, "batch", "length", "vocab")
+    def _head(self) -> Head:
+        cap = self.config.final_soft_cap
+        if self.config.tie_embeddings:
+            return Head(self.embed[...], "btd,vd->btv", soft_cap=cap)
+        return Head(self.head[...], "btd,dv->btv", soft_cap=cap)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `max_length` tokens, in the compute dtype."""
