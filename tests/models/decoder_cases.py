@@ -39,6 +39,7 @@ GEMMA3 = {
     **GEMMA, "global_every": 3, "num_layers": 4, "qk_norm": True, "rope_theta": 1000.0,
     "local_rope_theta": 100.0,
 }  # fmt: skip
+OLMO2 = {"norm_placement": "output", "qk_norm": True, "qk_norm_over": "all_heads"}
 MIXTURE = {"num_experts": 5, "experts_per_token": 2, "mlp_dim": 24, "load_balance": 0.02}
 
 CASES = {
@@ -72,6 +73,7 @@ CASES = {
         "gemma3_text",
         {**GEMMA3, "global_every": 2, "rope_scaling": RopeScaling("linear", factor=8.0)},
     ),
+    "olmo2": ("olmo2", {**GROUPED, **OLMO2, **BIASES}),
     "mixtral": (
         "mixtral",
         {**GROUPED, "head_dim": 16, "attention_window": 5, "experts": MoeConfig(**MIXTURE)},

@@ -16,7 +16,7 @@ from llm_jax.nn.transformer import unstack
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-KINDS = ("gpt2", "mistral", "gemma2", "gemma3_scaled", "qwen3_moe")
+KINDS = ("gpt2", "mistral", "gemma2", "gemma3_scaled", "olmo2", "qwen3_moe")
 LENGTH = 24
 
 

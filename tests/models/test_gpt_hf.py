@@ -87,6 +87,7 @@ THEIR_CASES = {
     "gemma3": ("Gemma3Text", {**GEMMA_LIKE, "num_hidden_layers": 3, "rope_parameters": GEMMA3_ROPE,
                               "layer_types": [LOCAL, "full_attention", LOCAL],
                               "final_logit_softcapping": 5.0}),
+    "olmo2": ("Olmo2", {**LLAMA_LIKE, "attention_bias": True}),
     "mixtral": ("Mixtral", {**LLAMA_LIKE, "num_local_experts": 5}),
     "qwen3_moe": ("Qwen3Moe", {**LLAMA_LIKE, "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 3,
                                "moe_intermediate_size": 24, "norm_topk_prob": True}),

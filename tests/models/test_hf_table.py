@@ -65,6 +65,13 @@ PUBLISHED = {
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "rope_theta": 1000000.0,
         "sliding_window": 1024, "sliding_window_pattern": 6, "vocab_size": 262208,
     },
+    "olmo2_7b": {
+        **LLAMA, "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 100257,
+        "intermediate_size": 11008, "max_position_embeddings": 4096, "num_key_value_heads": 32,
+        "pad_token_id": 100277, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000,
+        "vocab_size": 100352,
+    },
     "mixtral_8x7b": {
         **LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"],
         "attention_dropout": 0.0, "intermediate_size": 14336, "max_position_embeddings": 32768,

@@ -3,7 +3,7 @@
 How to read the tables: models/hf_table.py. GPT-2 keeps query, key and value side by side in one
 tensor: there three of our paths make one, along "3".
 
-Source: transformers 5.23, models/{gpt2,llama,mistral,qwen2,qwen3,gemma2,gemma3,mixtral,qwen3_moe}; the
+Source: transformers 5.23, models/{gpt2,llama,mistral,qwen2,qwen3,gemma2,gemma3,olmo2,mixtral,qwen3_moe}; the
 names of experts are those of checkpoints, which transformers 5 packs in memory and writes as they were.
 """
 
@@ -331,6 +331,26 @@ GEMMA3 = dataclasses.replace(
     ignored=frozenset(),
 )  # fmt: skip
 
+OLMO2 = dataclasses.replace(
+    LLAMA,
+    model_type="olmo2",
+    class_name="Olmo2ForCausalLM",
+    fields=_with(_LLAMA_FIELDS, "mlp_bias", vocab_size=50304, rms_norm_eps=1e-5),
+    fixed=_PLAIN | {"norm_placement": "output", "qk_norm": True, "qk_norm_over": "all_heads"},
+    limits={},
+    ignored=frozenset(),
+    tensors=_tensors(
+        (
+            Row("attention_norm.scale", "D", "post_attention_layernorm.weight", "D"),
+            Row("mlp_norm.scale", "D", "post_feedforward_layernorm.weight", "D"),
+            Row("attention.query_norm.scale", "(N H)", "self_attn.q_norm.weight", "(N H)"),
+            Row("attention.key_norm.scale", "(K H)", "self_attn.k_norm.weight", "(K H)"),
+        ),
+        _ATTENTION,
+        _MLP,
+    ),
+)
+
 _SPARSE = {key: value for key, value in _PLAIN.items() if key != "experts"} | {
     "mlp_dim": None,
     "activation": "silu",
@@ -412,7 +432,7 @@ def _sizes(config: Config) -> dict[str, int]:
 FAMILY = Family(
     name="gpt",
     config=Config,
-    architectures=(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE),
+    architectures=(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, MIXTRAL, QWEN3_MOE),
     sizes=_sizes,
     free=frozenset(
         {
