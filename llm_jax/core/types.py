@@ -17,6 +17,9 @@ Reserved batch keys, all host arrays of a batch have the global batch size B as 
 | images         | [B, Y, X, C]   | float32 | pixels in 0..1                                                |
 | labels         | [B]            | int32   | class of a whole example                                      |
 | label_weights  | [B]            | float32 | 0 where a row is padding                                      |
+| answer_start, answer_end | [B]  | int32   | first and last token of an answer in the row                  |
+| answer_places  | [B, T]         | float32 | 1 where an answer may stand                                   |
+| rejected_*     |                |         | tokens, targets ... of the worse of two answers (DPO)         |
 """
 
 import dataclasses
@@ -186,18 +189,19 @@ class Objective(Protocol):
 class ExampleObjective(Protocol):
     """An objective whose examples are records of the sources instead of rows; `examples` is True.
 
-    Its other half, `batch_spec` and `loss`, is that of `Objective`.
+    Its other half, `batch_spec` and `loss`, is that of `Objective`. examples_per_row: records in a row.
     """
 
     examples: bool
+    examples_per_row: int
     evaluators: tuple[str, ...]
 
     def transforms(self, tokenizer: Tokenizer, sequence_length: int) -> list:
         """Grain transformations from {"examples", "names", "row_ids"} to the reserved keys.
 
-        A batch at a time. examples: list of B dicts, a record's fields; {} is padding, which only the
-        end of the held-out split has. names: list of B str, of the records, for messages; the field
-        "name" is that too where a record has none of its own. row_ids: [B] int64, as in `Objective`.
+        A batch at a time. examples: list of B * examples_per_row dicts, a record's fields; {} is padding, which only the
+        end of the held-out split has. names: as many str, of the records, for messages; the field
+        "name" is that too where a record has none of its own. row_ids: as many int64, the records' numbers in the run.
 
         Raises:
           ConfigError: on the way, where a record lacks a field or holds something else there.

@@ -141,7 +141,9 @@ def make_loader(
     slots = range(process_index * local, (process_index + 1) * local)
     workdir = Path(workdir)
     if objective.examples:
-        rows = _RecordRows(data, workdir, batch_size, slots, split)
+        per_row = objective.examples_per_row
+        records = range(slots.start * per_row, slots.stop * per_row)
+        rows = _RecordRows(data, workdir, batch_size * per_row, records, split)
         dataset = rows.dataset(objective.transforms(tokenizer, data.sequence_length))
         return Loader(dataset, rows, process_index, process_count)
     length = objective.row_length(data.sequence_length)

@@ -3,14 +3,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from record_cases import kept
-from tiny import make_model, random_batch, run
+from record_cases import kept, made
+from tiny import model_section, random_batch, run
 
 from llm_jax.core.reference import frozen_reference
+from llm_jax.models import gpt
+
+
+def decoder():
+    return kept(made(gpt, gpt.Config(**model_section(num_layers=1))))
 
 
 def test_the_reference_is_the_model_before_training():
-    model, batch = kept(make_model(num_layers=1)), random_batch()
+    model, batch = decoder(), random_batch()
     first = run(model, batch).logits
     moved = jax.tree.map(lambda x: x + 0.1 * x**2, nnx.state(model, nnx.Param))
     nnx.update(model, moved)
@@ -22,7 +27,7 @@ def test_the_reference_is_the_model_before_training():
 
 
 def test_a_parameter_without_its_first_value_is_named():
-    model = kept(make_model(num_layers=1))
+    model = decoder()
     model.final_norm.scale = nnx.Param(jnp.ones(32))
     with pytest.raises(ValueError, match=r"first value of final_norm\.scale is not kept"):
         frozen_reference(model)

@@ -61,6 +61,7 @@ class RawRecords:
     """Records as they are read."""
 
     examples = True
+    examples_per_row = 1
 
     def transforms(self, tokenizer, sequence_length: int) -> list:
         return []

@@ -165,3 +165,22 @@ def test_a_bos_that_is_named_goes_before_cls(tmp_path):
     path = write_wordpiece(tmp_path / "named", bos_token="[UNK]", eos_token="[SEP]")
     tokenizer = huggingface.make(huggingface.Config(path=path, lossless=False))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 3)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_stays_with_the_tokenizer(tmp_path, place):
+    source, copy, exported = (tmp_path / name for name in ("source", "copy", "exported"))
+    raw_bytes.make(raw_bytes.Config()).save_huggingface(source)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    if place == "chat_template.jinja":
+        (source / place).write_text(template)
+    else:
+        written = json.loads((source / place).read_text())
+        (source / place).write_text(json.dumps(written | {"chat_template": template}))
+    tokenizer = huggingface.make(huggingface.Config(path=str(source)))
+    assert tokenizer.chat_template == template
+    copy.mkdir()
+    tokenizer.save(copy)
+    assert tokenizers.load_tokenizer(copy).chat_template == template
+    tokenizer.save_huggingface(exported)
+    assert huggingface.make(huggingface.Config(path=str(exported))).chat_template == template

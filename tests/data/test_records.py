@@ -169,6 +169,7 @@ def test_held_out_records_come_once_in_order_and_end_in_padding(prepared, loader
 def test_transforms_get_the_length_and_make_arrays(loader_of):
     class Answers:
         examples = True
+        examples_per_row = 1
 
         def transforms(self, tokenizer, sequence_length):
             class ToArray(grain.transforms.Map):

@@ -3,7 +3,7 @@
 import pytest
 
 from llm_jax.core.config import load
-from llm_jax.metrics.throughput import keys_seen
+from llm_jax.core.flops import keys_seen
 from llm_jax.planner.pace import pace
 from llm_jax.planner.placement import place
 from llm_jax.planner.topology import parse_target

@@ -18,6 +18,7 @@ from llm_jax.data.tokenizers.pieces import META_SPACE, MetaSpaceTokenizer, rejec
 
 _ROLES = ("bos_token", "eos_token", "pad_token")
 _ROLES_OF_ENCODERS = ("cls_token", "sep_token", "mask_token")
+_CHAT_TEMPLATE = "chat_template.jinja"
 _PROBES = (
     "def f(x):\n    return  x\r\n\n\t# end  ",
     " one  two Three, it's 1234567 don 't . ",
@@ -45,16 +46,19 @@ class Config:
 
 
 class HuggingFaceTokenizer(MetaSpaceTokenizer):
-    """Args: model: the content of tokenizer.json; roles: bos_token, eos_token, ... -> text."""
+    """Args: model: the content of tokenizer.json; roles: bos_token, eos_token, ... -> text.
+
+    chat_template: Jinja source of the layout of chats, or None.
+    """
 
     name = "huggingface"
     model_file = "tokenizer.json"
 
-    def __init__(self, model: bytes, roles: Mapping[str, str]):
+    def __init__(self, model: bytes, roles: Mapping[str, str], chat_template: str | None = None):
         _require_tokenizers()
         import tokenizers
 
-        self._model = model
+        self._model, self.chat_template = model, chat_template
         self._roles = dict(roles)
         description = json.loads(model)
         rule = _DecodingRule.of(description)
@@ -99,13 +103,18 @@ class HuggingFaceTokenizer(MetaSpaceTokenizer):
         return self._model
 
     def settings(self) -> dict[str, Any]:
-        return {"roles": self._roles}
+        settings: dict[str, Any] = {"roles": self._roles}
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        return settings
 
     def save_huggingface(self, directory: Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / self.model_file).write_bytes(self._model)
         write_tokenizer_config(directory, self._roles)
+        if self.chat_template is not None:
+            (directory / _CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
     def _encode(self, text: str) -> list[int]:
         reject_surrogates([text])
@@ -185,7 +194,9 @@ def make(config: Config) -> HuggingFaceTokenizer:
     if not path.is_file():
         raise ConfigError(f"no tokenizer.json at {path}")
     try:
-        tokenizer = HuggingFaceTokenizer(path.read_bytes(), _roles(config, path))
+        written = _written_config(path)
+        roles, template = _roles(config, written), _chat_template(path, written)
+        tokenizer = HuggingFaceTokenizer(path.read_bytes(), roles, template)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
@@ -203,12 +214,28 @@ def from_model(
     model: bytes, settings: Mapping[str, Any], num_threads: int | None
 ) -> HuggingFaceTokenizer:
     """num_threads: not used; the library takes RAYON_NUM_THREADS from the environment."""
-    return HuggingFaceTokenizer(model, settings["roles"])
+    return HuggingFaceTokenizer(model, settings["roles"], settings.get("chat_template"))
 
 
-def _roles(config: Config, path: Path) -> dict[str, str]:
+def _written_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json beside a tokenizer.json, or {}."""
     beside = path.parent / "tokenizer_config.json"
-    written = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+
+
+def _chat_template(path: Path, written: Mapping[str, Any]) -> str | None:
+    """Of the file of its own that transformers 5 writes, or the key of older ones; of several the default."""
+    beside = path.parent / _CHAT_TEMPLATE
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    template = written.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template
+
+
+def _roles(config: Config, written: Mapping[str, Any]) -> dict[str, str]:
     named = {role: value for role, value in written.items() if role in _ROLES + _ROLES_OF_ENCODERS}
     named |= {role: value for role in _ROLES if (value := getattr(config, role)) is not None}
     roles = {

