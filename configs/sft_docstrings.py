@@ -4,28 +4,44 @@ Purpose:  supervised fine-tuning that leaves what the base can do as it is.
 Hardware: 2 CPU cores, 4 GB of memory.
 Expect:   a few minutes after the base, which is gpt_tiny.py with the marks of a chat in its tokenizer.
 Command:  make results NAME=sft_docstrings
-          By hand: --config.init_from=WORKDIR of the base, --data chats.jsonl of {"messages"}.
+          which trains the base and makes the chats. With your own: --config.init_from=WORKDIR of the base,
+          --config.data.tokenizer.path=WORKDIR/data/tokenizer/tokenizer.model, --data chats.jsonl of {"messages"}.
 """
 
 import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    vocab_size = 4096
+    folder = "runs/results/sft_docstrings"
     return ml_collections.ConfigDict(
         {
-            "init_from": None,
-            "model": {},
+            "init_from": f"{folder}/base",
+            "model": {
+                "name": "gpt",
+                "vocab_size": 4096,
+                "embed_dim": 256,
+                "num_layers": 4,
+                "num_heads": 4,
+                "num_kv_heads": 4,
+                "mlp_dim": 704,
+                "max_length": 512,
+                "qk_norm": True,
+                "scan_unroll": 4,
+            },
             "transforms": [
                 {"name": "lora", "rank": 16, "alpha": 16.0, "targets": ("stack.layers.*",)}
             ],
             "data": {
-                "sources": [{"name": "jsonl", "path": None}],
-                "tokenizer": {"name": "sentencepiece", "vocab_size": vocab_size, "path": None},
+                "sources": [{"name": "jsonl", "path": f"{folder}/records/docstrings.jsonl"}],
+                "tokenizer": {
+                    "name": "sentencepiece",
+                    "vocab_size": 4096,
+                    "path": f"{folder}/base/data/tokenizer/tokenizer.model",
+                },
                 "sequence_length": 256,
                 "held_out_fraction": 0.05,
             },
-            "objective": {"name": "sft", "examples_per_row": 1, "truncate": True},
+            "objective": {"name": "sft", "truncate": True},
             "optimizer": {"name": "adamw", "beta2": 0.99, "weight_decay": 0.0},
             "schedule": {"name": "linear", "learning_rate": 1e-3, "warmup_steps": 20,
                          "final_fraction": 0.02},

@@ -62,7 +62,7 @@ def test_from_text_to_export(run_python, texts, tmp_path):
         (["--config.train.num_step=3"], "config.train.num_step: unknown key; did you mean 'num_steps'?"),
         (["--config.trian.num_steps=3"], "config.trian: unknown section; did you mean 'train'?"),
         (["--config.train.num_steps=many"], "config.train.num_steps = 'many': expected int"),
-        (["--config.model.name=gtp"], "models has no 'gtp'; did you mean 'gpt'?; choices: gpt"),
+        (["--config.model.name=gtp"], "models has no 'gtp'; did you mean 'gpt'?; choices: bert, encoder_decoder, gpt"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--confg", "x"], "unknown flag '--confg'; did you mean '--config'?"),
         (["--config.data.sequence_length=1024"], "1024 exceeds config.model.max_length 512"),

@@ -1,0 +1,116 @@
+"""Every file of configs/: it says what it is for, trains when shrunk, and builds for a pod."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.core.config import load, to_dict
+from llm_jax.sharding.mesh import MeshConfig, make_mesh
+from llm_jax.sharding.place import to_global_batch
+from llm_jax.training.config import resolve
+from llm_jax.training.program import build_program
+
+CONFIGS = sorted((Path("configs")).glob("*.py"))
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+LENGTH, VOCAB = 32, 512
+TINY = {
+    "vocab_size": VOCAB, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+    "num_decoder_layers": 2, "head_dim": 8, "mlp_dim": 64, "max_length": 64, "num_positions": 66,
+    "attention_window": 8, "scan_unroll": 1, "remat": "none", "init_stddev": 0.02,
+    "norm_epsilon": 1e-5, "rope_theta": 1e4,
+}  # fmt: skip
+TINY_EXPERTS = {"num_experts": 4, "experts_per_token": 2, "mlp_dim": 16}
+
+
+@every_config
+def test_it_says_what_it_is_for(path):
+    for line in ("Purpose:", "Hardware:", "Expect:", "Command:"):
+        assert re.search(rf"^{line}", path.read_text(), re.MULTILINE)
+
+
+def shrunk(path):
+    """The config with small sizes, all kinds of layers and losses kept: several become the same."""
+    sections = to_dict(resolve(load(str(path))))
+    model = sections["model"]
+    model |= {k: v for k, v in TINY.items() if model.get(k) is not None}
+    if model.get("experts"):
+        model["experts"] |= TINY_EXPERTS
+    model["num_layers"] *= (model.get("global_every") or 2) // 2
+    sections["data"] |= {
+        "sequence_length": LENGTH,
+        "tokenizer": {"name": "raw_bytes"},
+        "sources": [],
+    }
+    if sections["objective"].get("target_length"):
+        sections["objective"]["target_length"] = LENGTH
+    sections["schedule"] = {"name": "constant"}
+    sections["train"] = {"num_steps": 2, "batch_size": 4}
+    if sections["optimizer"]["name"] == "adamw":
+        part = ("name", "freeze", "layer_decay")
+        sections["optimizer"] = {k: sections["optimizer"][k] for k in part}
+    del sections["eval"], sections["checkpoint"], sections["mesh"], sections["init_from"]
+    return resolve(sections)
+
+
+def some_batch(spec):
+    """Plausible values for every key that an objective may have."""
+    rng = np.random.default_rng(0)
+
+    def values(name, shape, dtype):
+        if dtype == np.float32 or name.endswith("segment_ids"):
+            return np.ones(shape, dtype)
+        if name.endswith("positions"):
+            return np.broadcast_to(np.arange(shape[1], dtype=dtype), shape)
+        high = VOCAB if name.endswith(("tokens", "targets")) else 2
+        return rng.integers(0, high, shape).astype(dtype)
+
+    return {name: values(name, s.shape, s.dtype) for name, s in spec.items()}
+
+
+@functools.cache
+def losses(run):
+    program = build_program(run, make_mesh(MeshConfig(), jax.devices()[:1]))
+    batch = to_global_batch(some_batch(program.batch_spec), program.rules, run.train.batch_size)
+    state = program.init(jax.random.key(0))
+    found = []
+    for _ in range(2):
+        state, metrics = program.step(state, batch)
+        found.append(float(metrics["loss"]))
+    return found
+
+
+@every_config
+def test_it_trains_two_steps_when_shrunk(path):
+    """Those that differ in size alone are one program."""
+    first, second = losses(shrunk(path))
+    assert np.isfinite([first, second]).all()
+    assert first != second
+
+
+def test_all_build_for_256_devices_in_shares_and_in_parallel(run_python):
+    code = """
+import os, pathlib
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=256"
+from llm_jax.core.config import load, set_override
+from llm_jax.sharding.mesh import make_mesh
+from llm_jax.training.config import resolve
+from llm_jax.training.program import build_program
+mesh = ["mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=4", "train.batch_size=256", "train.accumulate_steps=1"]
+for path in sorted(pathlib.Path("configs").glob("*.py")):
+    config = load(str(path), mesh)
+    config.model.vocab_size = -(-config.model.vocab_size // 8) * 8
+    run = resolve(config)
+    program = build_program(run, make_mesh(run.mesh))
+    split = [s.spec for s in jax.tree.leaves(program.state_shardings.params)]
+    print(path.stem, program.num_params, any("fsdp" in str(s) for s in split), any("tensor" in str(s) for s in split))
+""".replace("import os,", "import jax, os,")
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row[0] for row in rows] == [path.stem for path in CONFIGS]
+    assert all(row[2:] == ["True", "True"] for row in rows), result.stdout
+    assert all(int(row[1]) > 1e6 for row in rows)
