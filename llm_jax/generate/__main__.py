@@ -1,14 +1,16 @@
 """Completes prompts with a trained model: `python -m llm_jax.generate --workdir DIR --prompt TEXT`.
 
-The text goes to standard output as it comes, notes go to standard error.
+An encoder-decoder answers the prompt instead. The text goes to standard output as it comes, notes go to standard error.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from llm_jax.checkpoint.load import load_model
 from llm_jax.core import flags
 from llm_jax.core.config import ConfigError
+from llm_jax.generate.beam import BeamConfig, Hypothesis
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.generate.show import Printer
@@ -30,9 +32,17 @@ def main() -> None:
     prompts = read_prompts(arguments.prompt, arguments.prompt_file)
     loaded = load_model(arguments.workdir, arguments.step)
     engine = Engine(loaded.model, loaded.tokenizer)
+    if arguments.num_beams is not None:
+        beams = BeamConfig(
+            arguments.num_beams, arguments.length_penalty, max_tokens=arguments.max_tokens
+        )
+        print_best(prompts, engine.beam_search(prompts, beams))
+        return
     show = arguments.show_probabilities
     events = engine.stream(prompts, config, top_alternatives=NUM_ALTERNATIVES if show else 0)
-    printer = Printer(prompts, loaded.tokenizer if show else None, engine.max_length)
+    # What an encoder reads is not the beginning of what the decoder writes.
+    shown = [f"{prompt}\t" for prompt in prompts] if engine.has_encoder else prompts
+    printer = Printer(shown, loaded.tokenizer if show else None, engine.max_length)
     for event in events:
         printer(event)
 
@@ -50,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
                    help="draw from the fewest tokens that reach this probability; default: 0.95")  # fmt: skip
     p.add_argument("--top_k", type=int, help="draw from the k most probable tokens")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--num_beams", type=int,
+                   help="search for the most probable text with so many beams, instead of drawing one")  # fmt: skip
+    p.add_argument("--length_penalty", type=float, default=1.0,
+                   help="of beams: above 0 favours longer texts; default: 1")  # fmt: skip
     p.add_argument("--show_probabilities", action="store_true",
                    help=f"one line per token, with the {NUM_ALTERNATIVES} most probable")  # fmt: skip
     return p
@@ -64,6 +78,14 @@ def read_prompts(texts: list[str], files: list[Path]) -> list[str]:
         except UnicodeDecodeError:
             raise ConfigError(f"--prompt_file {file} is not UTF-8 text") from None
     return prompts or [""]
+
+
+def print_best(prompts: list[str], found: list[list[Hypothesis]]) -> None:
+    """The best text of each prompt; where there are several prompts, behind the prompt."""
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        best = hypotheses[0]
+        print(f"{prompt}\t{best.text}" if len(prompts) > 1 else best.text)
+        print(f"score {best.score:.3f}", file=sys.stderr)
 
 
 if __name__ == "__main__":

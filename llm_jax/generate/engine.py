@@ -72,6 +72,9 @@ class Engine:
         the model's max_length, which learned positions cannot exceed and others were not trained to.
       batch_size: most prompts that run together.
 
+    Attributes:
+      has_encoder: whether prompts go to an encoder and the text answers them, instead of going on.
+
     Raises:
       ConfigError: a model that cannot generate, or limits that do not fit it.
     """
@@ -84,8 +87,8 @@ class Engine:
         max_length: int | None = None,
         batch_size: int = 16,
     ):
-        self._has_encoder = hasattr(model, "encode")
-        if not (self._has_encoder or hasattr(model, "init_cache")):
+        self.has_encoder = hasattr(model, "encode")
+        if not (self.has_encoder or hasattr(model, "init_cache")):
             raise ConfigError(
                 f"{type(model).__name__} cannot generate text: it has no init_cache; choices: "
                 "gpt, encoder_decoder"
@@ -104,7 +107,7 @@ class Engine:
             a.astype(dtype) if a.ndim > 1 and not {"router", None} & set(v.axes) else a
             for a, v in zip(leaves, variables, strict=True)
         ]
-        if not self._has_encoder:
+        if not self.has_encoder:
             self._empty_cache = jax.jit(model.init_cache, static_argnums=(0, 1))
         self._encode = jax.jit(self._encode_program, static_argnums=2)
         self._grow = jax.jit(KVCache.grown, static_argnums=1)
@@ -204,8 +207,8 @@ class Engine:
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
-            return [*ids, eos] if self._has_encoder else [bos, *ids]
-        return [int(token) for token in prompt] or [eos if self._has_encoder else bos]
+            return [*ids, eos] if self.has_encoder else [bos, *ids]
+        return [int(token) for token in prompt] or [eos if self.has_encoder else bos]
 
     def beam_search(self, prompts: Sequence[Prompt], config: BeamConfig) -> list[list[Hypothesis]]:
         """The best continuations of each prompt, best first; at most `config.num_beams` each.
@@ -247,17 +250,17 @@ class Engine:
 
     def _room(self, row: list[int]) -> int:
         """New tokens that fit after a prompt."""
-        return self.max_length - (0 if self._has_encoder else len(row))
+        return self.max_length - (0 if self.has_encoder else len(row))
 
     def _used(self, rows: list[list[int]]) -> int:
         """Places of the cache that the prompts take, all but their last tokens."""
-        longest = 0 if self._has_encoder else max(map(len, rows)) - 1
+        longest = 0 if self.has_encoder else max(map(len, rows)) - 1
         return power_of_two(max(longest, SMALLEST_PROMPT)) if longest else 0
 
     def _check_prompt(self, index: int, row: list[int]) -> None:
-        most = self.max_length if self._has_encoder else self.max_length - 1
+        most = self.max_length if self.has_encoder else self.max_length - 1
         if len(row) > most:
-            border = "eos" if self._has_encoder else "bos"
+            border = "eos" if self.has_encoder else "bos"
             raise ConfigError(
                 f"prompt {index} has {len(row)} tokens with {border}: max_length {self.max_length} "
                 f"leaves room for at most {most}"
@@ -309,7 +312,7 @@ class Engine:
         batch = power_of_two(len(rows))
         rows = rows + [rows[0][:1]] * (batch - len(rows))
         numbers = numbers + [0] * (batch - len(numbers))
-        if self._has_encoder:
+        if self.has_encoder:
             longest = power_of_two(max(SMALLEST_PROMPT, *map(len, rows)))
             encoded = right_padded(rows, min(longest, self.max_length))
             cache = self._encode(self._leaves, encoded, size)

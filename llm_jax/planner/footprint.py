@@ -191,7 +191,7 @@ def _cast_bytes(placement: Placement, size: int) -> float:
 
 
 def _loss_bytes(run: RunConfig, placement: Placement, tokens: float) -> dict[Part, float]:
-    """Logits and their gradient of a chunk, as nn/losses.py cuts them; the head whole, twice."""
+    """Logits and their gradient of a chunk, as nn/head_loss.py cuts them; the head whole, twice."""
     head = placement.head
     if head is None:
         return {}
