@@ -5,11 +5,11 @@ The same command again goes on where the run stopped.
 
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from llm_jax.checkpoint.begin import final_model, restore_or_init
 from llm_jax.checkpoint.manager import Checkpointer, RunFiles, read_folder
 from llm_jax.core import flags
 from llm_jax.core.config import to_dict
@@ -24,13 +24,12 @@ from llm_jax.sharding import xla_flags
 from llm_jax.sharding.distributed import start_distributed
 from llm_jax.sharding.mesh import make_mesh
 from llm_jax.sharding.place import row_share
-from llm_jax.training.config import RunConfig, changes_since, check_vocabulary, resolve
+from llm_jax.training.config import RunConfig, check_vocabulary, resolve
 from llm_jax.training.guard import EXIT_STATUS, lock_workdir, on_first_process
 from llm_jax.training.introduce import introduce
 from llm_jax.training.loop import Loop
 from llm_jax.training.peers import watching
 from llm_jax.training.program import Program, build_program
-from llm_jax.training.state import TrainState
 
 
 def main() -> None:
@@ -61,14 +60,14 @@ def train(run: RunConfig, workdir: Path, title: str, *, explain: bool = False) -
     check_state(program)
     if explain and first:
         show_step(program, run)
-    prepared = prepare_together(run, workdir)
+    prepared = prepare_together(run, workdir, examples=program.objective.examples)
     for line in prepared.lines():
         say(line)
     check_vocabulary(run, prepared.tokenizer.vocab_size)
     loaders = functools.partial(open_loader, run, program, prepared, workdir)
     loader = loaders("train", run.train.batch_size)
     checkpointer = Checkpointer(workdir / "checkpoints", run.checkpoint, say=say)
-    state = restore_or_init(run, program, loader, checkpointer, say)
+    state, stopping = restore_or_init(run, program, loader, checkpointer, say)
     files = functools.partial(
         RunFiles, to_dict(run), tokenizer=read_folder(prepared.folder / "tokenizer")
     )
@@ -84,17 +83,19 @@ def train(run: RunConfig, workdir: Path, title: str, *, explain: bool = False) -
             writer,
             files=lambda loader_state: files(loader=loader_state),
             held_out=lambda: loaders("held_out", run.train.microbatch_size),
+            stopping=stopping,
         )
         outcome = loop.fit(state)
-    checkpointer.close()
     epochs = loader.epochs()
     for line in loader.problems() if run.data.mode == "stream" else ():
         say(line)  # shards told theirs when they were made
     loader.close()
     if outcome.stopped_by:
         say(f"stopped by {outcome.stopped_by}, saved at step {loop.last_saved}; run again to go on")
+        checkpointer.close()
         return outcome.stopped_by
-    model, step = program.model(outcome.state), int(outcome.state.step)
+    model, step = final_model(outcome, program, checkpointer, say)
+    checkpointer.close()
     conclude(model, prepared, run, program.rules, workdir, title=title, step=step, epochs=epochs)
     return None
 
@@ -116,31 +117,11 @@ def open_loader(
     )
 
 
-def restore_or_init(
-    run: RunConfig,
-    program: Program,
-    loader: Loader,
-    checkpointer: Checkpointer,
-    say: Callable[[str], None],
-) -> TrainState:
-    """The newest checkpoint's state, with the loader set to go on from it; else a fresh state."""
-    restored = checkpointer.restore_latest(program.abstract_state, program.state_shardings)
-    if restored is None:
-        return program.init(jax.random.key(run.train.seed))
-    state, saved = restored
-    loader.set_state(saved.loader)
-    say(f"resuming after step {int(state.step)}")
-    if int(state.step) >= run.train.num_steps:
-        say(f"train.num_steps is {run.train.num_steps}: nothing is left to train")
-    for line in changes_since(saved.config, run):
-        say(f"changed since that checkpoint: {line}")
-    return state
-
-
-def prepare_together(run: RunConfig, workdir: Path) -> Prepared:
+def prepare_together(run: RunConfig, workdir: Path, *, examples: bool) -> Prepared:
     """Process 0 makes tokenizer and shards; the others find them made."""
-    prepared = on_first_process(lambda: prepare(run.data, workdir, progress=make_progress()))
-    return prepared or prepare(run.data, workdir, progress=Silent())
+    make = functools.partial(prepare, run.data, workdir, examples=examples)
+    prepared = on_first_process(lambda: make(progress=make_progress()))
+    return prepared or make(progress=Silent())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """A trained model, its config and its tokenizer, from nothing but a checkpoint."""
 
+import contextlib
 import dataclasses
+import functools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,25 @@ from llm_jax.core.config import ConfigError, component
 from llm_jax.core.types import Model, Tokenizer
 from llm_jax.data.tokenizers import load_tokenizer
 from llm_jax.nn.precision import ComputeDtype, Precision
-from llm_jax.sharding.rules import AxisRules, logical_axes, shardings_for
+from llm_jax.sharding.rules import AxisRules, shardings_for
 from llm_jax.training.config import RunConfig, resolve
+from llm_jax.training.program import axes_of
+from llm_jax.transforms import merged, transformed
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """model: float32 parameters, layers stacked; run: the config it was trained by."""
+    """trained: the model as training had it, float32, layers stacked; run: the config it was trained by."""
 
-    model: Model
+    trained: Model
     run: RunConfig
     tokenizer: Tokenizer
     step: int
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """`trained` with plain parameters alone: what transforms added is merged."""
+        return merged(self.trained)
 
 
 def load_model(
@@ -41,7 +50,7 @@ def load_model(
 
     Args:
       directory: a run's --workdir, or the folder of its checkpoints.
-      step: None is the newest.
+      step: None is the best where the run looked for it (eval.patience), else the newest.
       mesh: where the parameters go, in shares by the default rules; None is the first device.
       rules: in place of `mesh`, makes mesh and rules from the config that the model was trained by.
       compute_dtype: None is that of training.
@@ -50,22 +59,32 @@ def load_model(
       ConfigError: no such step (lists those there are), an unreadable checkpoint, or arrays that
         do not fit the model of its own config.
     """
-    checkpointer = Checkpointer(_checkpoints(Path(directory)))
-    try:
-        step = _choose(checkpointer, step)
+    with open_checkpoints(directory, step) as (checkpointer, step):
         files = checkpointer.run_files(step)
         run = resolve(files.config)
         placing = rules(run) if rules is not None else AxisRules(mesh) if mesh is not None else None
         device = jax.local_devices()[0] if placing is None else placing.mesh.devices.flat[0]
         precision = Precision.on(device.platform, compute_dtype or run.train.compute_dtype)
         make = component("models", run.model.name).make
-        abstract = nnx.eval_shape(lambda: make(run.model, precision=precision, rngs=nnx.Rngs(0)))
-        graphdef, params, extra = nnx.split(abstract, nnx.Param, ...)
+
+        def abstract() -> Model:
+            model = make(run.model, precision=precision, rngs=nnx.Rngs(0))
+            return transformed(model, run.transforms, nnx.Rngs(0))
+
+        graphdef, params, extra = nnx.split(nnx.eval_shape(abstract), nnx.Param, ...)
         arrays = checkpointer.restore_params(step, _placed(params, extra, placing, device))
-    finally:
-        checkpointer.close()
     model = nnx.merge(graphdef, nnx.State(arrays["params"]), nnx.State(arrays["extra"]))
     return LoadedModel(model, run, _tokenizer(files.tokenizer), step)
+
+
+@contextlib.contextmanager
+def open_checkpoints(directory: Path, step: int | None) -> Iterator[tuple[Checkpointer, int]]:
+    """The checkpoints of a run, to read, and which of them is meant; see `load_model`."""
+    checkpointer = Checkpointer(_checkpoints(Path(directory)))
+    try:
+        yield checkpointer, _choose(checkpointer, step)
+    finally:
+        checkpointer.close()
 
 
 def _checkpoints(directory: Path) -> Path:
@@ -80,7 +99,8 @@ def _choose(checkpointer: Checkpointer, step: int | None) -> int:
     if not steps:
         raise ConfigError(f"no finished checkpoint in {checkpointer.directory}")
     if step is None:
-        return steps[-1]
+        best = checkpointer.run_files(steps[-1]).best_step
+        return best if best in steps else steps[-1]
     if step not in steps:
         there = ", ".join(map(str, steps))
         raise ConfigError(
@@ -93,13 +113,14 @@ def _placed(
     params: nnx.State, extra: nnx.State, rules: AxisRules | None, device: jax.Device
 ) -> dict[str, Any]:
     """Shapes with the shardings to restore onto."""
-    shapes = {"params": nnx.to_pure_dict(params), "extra": nnx.to_pure_dict(extra)}
+    states = {"params": params, "extra": extra}
+    shapes = {name: nnx.to_pure_dict(state) for name, state in states.items()}
     if rules is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), shapes)
     else:
         shardings = {
-            "params": shardings_for(shapes["params"], logical_axes(params), rules),
-            "extra": jax.tree.map(lambda _: rules.replicated(), shapes["extra"]),
+            name: shardings_for(shapes[name], axes_of(state), rules)
+            for name, state in states.items()
         }
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings

@@ -2,7 +2,7 @@
 
     <directory>/<step>/model       params and extra      (all that evaluation and export read)
     <directory>/<step>/optimizer   step, key, opt_state
-    <directory>/<step>/run         config.json, loader.json, tokenizer files
+    <directory>/<step>/run         config.json, loader.json, stopping.json, tokenizer files
 
 Orbax writes under a temporary name and renames, so a step directory is whole or absent; `restore`
 says so when it finds what a killed run left. Arrays are restored onto whatever mesh is asked for.
@@ -28,6 +28,7 @@ from llm_jax.training.config import CheckpointConfig
 from llm_jax.training.state import TrainState
 
 LOADER, CONFIG, TOKENIZER = "loader.json", "config.json", "tokenizer/"
+STOPPING = "stopping.json"
 
 
 class CheckpointMismatch(ConfigError):
@@ -72,16 +73,25 @@ class RunFiles:
     """What a checkpoint keeps beside the arrays.
 
     config: the resolved config as plain dicts; loader: the loader's state; tokenizer: its files.
+    stopping: the state of early stopping, or None; see training/stopping.py.
     """
 
     config: dict[str, Any]
     loader: dict[str, Any]
     tokenizer: dict[str, bytes]
+    stopping: dict[str, Any] | None = None
+
+    @property
+    def best_step(self) -> int | None:
+        """The step that did best on held-out data, whose checkpoint is kept."""
+        return None if self.stopping is None else self.stopping["step"]
 
     def to_files(self) -> dict[str, bytes]:
         files = {TOKENIZER + name: content for name, content in self.tokenizer.items()}
-        for name, value in ((CONFIG, self.config), (LOADER, self.loader)):
-            files[name] = json.dumps(value, indent=1).encode()
+        parts = {CONFIG: self.config, LOADER: self.loader, STOPPING: self.stopping}
+        for name, value in parts.items():
+            if value is not None:
+                files[name] = json.dumps(value, indent=1).encode()
         return files
 
     @classmethod
@@ -91,7 +101,19 @@ class RunFiles:
             for name, content in files.items()
             if name.startswith(TOKENIZER)
         }
-        return cls(json.loads(files[CONFIG]), json.loads(files[LOADER]), tokenizer)
+        stopping = json.loads(files[STOPPING]) if STOPPING in files else None
+        return cls(json.loads(files[CONFIG]), json.loads(files[LOADER]), tokenizer, stopping)
+
+
+class _KeepStep:
+    """Orbax's PreservationPolicy for one step; old ones are removed when a new one is on disk."""
+
+    def __init__(self):
+        self.step: int | None = None
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class Checkpointer:
@@ -107,12 +129,13 @@ class Checkpointer:
         """config None: read only."""
         self.directory, self.config, self._say = Path(directory).absolute(), config, say
         self._saving: int | None = None
+        self._best = _KeepStep()
         policies = ocp.training.preservation_policies
         keep = None
         if config is not None:
             self._remove_leftovers()
             keep = policies.AnyPreservationPolicy(
-                [policies.LatestN(config.keep_last)]
+                [policies.LatestN(config.keep_last), self._best]
                 + ([policies.EveryNSteps(config.keep_every)] if config.keep_every else [])
             )
         elif not self.directory.is_dir():
@@ -136,9 +159,11 @@ class Checkpointer:
     def save(self, step: int, state: TrainState, run: RunFiles) -> None:
         """Copies the state off the devices and writes it in the background.
 
-        Waits for the save before it, and raises what went wrong there.
+        The checkpoint of `run.best_step` is kept. Waits for the save before it, and raises what went wrong
+        there.
         """
         self.wait()
+        self._best.step = run.best_step
         items = {
             "model": {"params": state.params, "extra": state.extra},
             "optimizer": {

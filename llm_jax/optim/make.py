@@ -20,6 +20,9 @@ class OptimizerConfig:
     the three. momentum_dtype stores the first moment in fewer bits, variance_dtype AdamW's second one,
     which needs a beta2 of at most 0.99: smaller steps would be lost in rounding. Lion wants about a third of
     AdamW's learning rate and three times its weight decay.
+
+    freeze: patterns of parameters that are not trained (optim/freeze.py). layer_decay: by which the
+    learning rate falls from each layer to the one below (optim/layer_decay.py); None: the same for all.
     """
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
@@ -30,6 +33,8 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     variance_dtype: Literal["float32", "bfloat16"] = "float32"
+    freeze: tuple[str, ...] = ()
+    layer_decay: float | None = None
 
     def __post_init__(self):
         for field in ("beta1", "beta2"):
@@ -45,6 +50,10 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{field} = {getattr(self, field)} must not be negative")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"optimizer.clip_norm = {self.clip_norm} must be positive, or None")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(
+                f"optimizer.layer_decay = {self.layer_decay} must lie in (0, 1], or be None"
+            )
 
 
 def make_optimizer(
@@ -53,7 +62,8 @@ def make_optimizer(
     """The transformation of gradients to updates, clipping included.
 
     Args:
-      axes: tree of LogicalAxes of the parameters; tells matrices from biases in stacked layers.
+      axes: tree of LogicalAxes of the parameters that are trained; tells matrices from biases in
+        stacked layers.
     """
     decay_mask = jax.tree_util.tree_map_with_path(is_decayed, axes)
     mask = lambda _: decay_mask  # noqa: E731  a function, since Optax would walk into a tree
@@ -107,7 +117,8 @@ def with_variance_in(
 
 def is_decayed(path: tuple, axes: LogicalAxes) -> bool:
     """Whether weight decay acts on a parameter: matrices and embeddings, not biases and scales."""
-    leaf = path_name(path).rpartition(".")[2]
+    # Transforms hold what a parameter is now as its part "current".
+    leaf = path_name(path).removesuffix(".current").rpartition(".")[2]
     return leaf != "scale" and not leaf.endswith("bias") and len(axes.names) > 1
 
 

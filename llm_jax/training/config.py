@@ -80,28 +80,45 @@ class EvalConfig:
     """Held-out loss during training, and what is shown after it.
 
     every: steps between evaluations on the way, None for none; each reads max_batches batches.
+    patience: evaluations in a row without a better `metric` after which training ends, the best step
+    being kept and used; None: training goes on to its last step, which is used (training/stopping.py).
     final_bytes: about how much held-out text the evaluation of a checkpoint reads; None for all.
     context: tokens a window of a document shares with the one before it; None for half a window.
     sample_prompts: completed at the end, sample_tokens each.
+    generate_examples: held-out records whose targets are generated where an objective turns one text into
+    another; with num_beams above 1 by beam search, too.
     """
 
     every: int | None = None
     max_batches: int = 16
+    patience: int | None = None
+    metric: str = "loss"
     final_bytes: int | None = 4_000_000
     context: int | None = None
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 128
+    generate_examples: int = 1000
+    num_beams: int = 1
 
     def __post_init__(self):
-        for field in ("every", "max_batches", "final_bytes", "sample_tokens"):
+        for field in ("every", "max_batches", "patience", "final_bytes", "sample_tokens",
+                      "generate_examples", "num_beams"):  # fmt: skip
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"eval.{field} = {value} must be at least 1")
+        if self.patience is not None and self.every is None:
+            raise ValueError(
+                f"eval.patience = {self.patience} counts evaluations: set eval.every, too"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """An experiment. `model` and `objective` are the Config of the component they name."""
+    """An experiment. `model`, `objective` and each of `transforms` are the Config of what they name.
+
+    init_from: where the first parameters come from (checkpoint/source.py): "hf:FOLDER" of Hugging Face,
+    or a run's workdir, "WORKDIR" or "WORKDIR@STEP"; None: random ones.
+    """
 
     model: Any
     objective: Any
@@ -112,6 +129,8 @@ class RunConfig:
     train: TrainConfig
     checkpoint: CheckpointConfig
     eval: EvalConfig
+    transforms: tuple[Any, ...] = ()
+    init_from: str | None = None
 
 
 def resolve(config: Mapping) -> RunConfig:
@@ -127,23 +146,48 @@ def resolve(config: Mapping) -> RunConfig:
                 f"config.{name}: unknown section{nearest(name, fields)}; "
                 f"sections: {', '.join(fields)}"
             )
+    init_from = config.get("init_from")
     for name in ("model", "data", "train"):
-        if name not in config:
+        if name not in config and (name != "model" or init_from is None):
             raise ConfigError(f"config.{name} is missing: every experiment needs it")
     objective = config.get("objective") or {"name": "causal_lm"}
     plain = {
         name: parse(cls, config.get(name), f"config.{name}")
         for name, cls in fields.items()
-        if name not in ("model", "objective", "data")
+        if dataclasses.is_dataclass(cls) and cls is not DataConfig
     }
     run = RunConfig(
-        model=parse_component("models", config["model"], "config.model"),
+        model=parse_component("models", _model_section(config, init_from), "config.model"),
         objective=parse_component("objectives", objective, "config.objective"),
         data=resolve_data(config["data"]),
+        transforms=_parse_transforms(config.get("transforms")),
+        init_from=init_from,
         **plain,
     )
     _check_joint(run)
     return run
+
+
+def _model_section(config: Mapping, init_from: Any) -> Mapping:
+    """The section `model`; without a name it holds what differs from the model of `init_from`."""
+    if init_from is not None and (not isinstance(init_from, str) or not init_from):
+        raise ConfigError(f"config.init_from = {init_from!r}: expected 'hf:FOLDER' or a workdir")
+    section = config.get("model") or {}
+    if init_from is None or not hasattr(section, "keys") or "name" in section:
+        return section
+    # Here, since checkpoints know configs, and since a complete config needs neither Orbax nor files.
+    from llm_jax.checkpoint.source import Source
+
+    return {**Source.parse(init_from).model_section(), **section}
+
+
+def _parse_transforms(sections: Any) -> tuple[Any, ...]:
+    if not isinstance(sections, list | tuple | None):
+        raise ConfigError(f"config.transforms = {sections!r}: expected a list of sections")
+    return tuple(
+        parse_component("transforms", section, f"config.transforms.{number}")
+        for number, section in enumerate(sections or ())
+    )
 
 
 def _check_joint(run: RunConfig) -> None:
@@ -177,10 +221,18 @@ def check_vocabulary(run: RunConfig, tokenizer_size: int) -> None:
 
 def describe(run: RunConfig) -> str:
     """The resolved config, a line per section."""
+    sections: dict[str, Any] = {}
+    for name, section in to_dict(run).items():
+        several = isinstance(section, list)
+        sections |= (
+            {f"{name}.{i}": s for i, s in enumerate(section)} if several else {name: section}
+        )
     lines = []
-    for section, values in to_dict(run).items():
-        text = " ".join(f"{key}={value!r}" for key, value in values.items())
-        lines.append(f"config.{section}: {text}")
+    for name, section in sections.items():
+        if isinstance(section, Mapping):
+            section = " ".join(f"{key}={value!r}" for key, value in section.items())
+        if section is not None:
+            lines.append(f"config.{name}: {section}")
     return "\n".join(lines)
 
 

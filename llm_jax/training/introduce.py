@@ -21,5 +21,7 @@ def introduce(run: RunConfig, program: Program, say: Callable[[str], None]) -> N
         micro = count_microbatches(rules, run.model.num_layers, run.train.microbatch_size)
         shape += f" (a stage waits {bubble(rules, micro):.1%} of the time)"
     say(f"{program.num_params:,} parameters on {jax.device_count()} {kind}, mesh {shape}")
+    if program.num_trained != program.num_params:
+        say(f"{program.num_trained:,} numbers are trained")
     if peak_flops(kind) is None:
         say(f"no peak FLOP/s known for {kind!r}: MFU is not reported")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.checkpoint.manager import Checkpointer, RunFiles
+from llm_jax.core.flags import RunError
 from llm_jax.core.types import Batch, Weighted
 from llm_jax.sharding.place import to_global_batch
 from llm_jax.training.config import RunConfig
@@ -19,6 +20,7 @@ from llm_jax.training.guard import StopRequest, check_finite
 from llm_jax.training.program import Program
 from llm_jax.training.speed import throughput
 from llm_jax.training.state import TrainState
+from llm_jax.training.stopping import Stopping, after
 
 # Steps the host may run ahead of the device: enough to hide the host, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
@@ -42,14 +44,18 @@ class Writer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """state: where the run stands; stopped_by: the signal that ended it early, or None."""
+    """state: where the run stands; stopped_by: the signal that ended it early, or None.
+
+    best_step: the step that did best on held-out data, if that is looked for; its checkpoint is kept.
+    """
 
     state: TrainState
     stopped_by: str | None
+    best_step: int | None = None
 
 
 class Loop:
-    """Runs `program.step` until the last step or a stop request."""
+    """Runs `program.step` until the last step, a stop request, or the end of patience."""
 
     def __init__(
         self,
@@ -61,16 +67,18 @@ class Loop:
         *,
         files: Callable[[dict], RunFiles],
         held_out: Callable[[], Any],
+        stopping: Stopping | None = None,
     ):
         """Takes all parts of a run.
 
         Args:
           files: what goes beside the arrays of a checkpoint, given the loader's state.
           held_out: a fresh pass over the held-out batches, with `close`.
+          stopping: of early stopping, where a run goes on.
         """
         self.run, self.program, self.loader = run, program, loader
         self.checkpointer, self.writer = checkpointer, writer
-        self.files, self.held_out = files, held_out
+        self.files, self.held_out, self.stopping = files, held_out, stopping
         self.last_saved: int | None = None
         self._resumed = False
         self._pending: collections.deque[tuple[int, dict, dict]] = collections.deque()
@@ -85,24 +93,41 @@ class Loop:
         step, last = int(state.step), self.run.train.num_steps
         self.last_saved, self._resumed = step or None, step > 0
         with StopRequest() as request, self.checkpointer.finishing():
-            batch, epochs = self._draw(step + 1) if step < last else (None, {})
-            while step < last:
+            goes_on = step < last and not self._is_over()
+            batch, epochs = self._draw(step + 1) if goes_on else (None, {})
+            while goes_on:
                 state, metrics = self.program.step(state, batch)
                 step += 1
                 self._pending.append((step, metrics, epochs))
                 stop = request.agreed(step)
-                if self.run.eval.every and step % self.run.eval.every == 0 and step < last:
+                if self._is_evaluated(step):
                     self.evaluate(step, state)
+                goes_on = step < last and not stop and not self._is_over()
                 # Before the next batch is drawn, so that the loader's state is that of this step.
-                if stop or step == last or step % self.run.checkpoint.save_every == 0:
+                if not goes_on or self._is_saved(step):
                     self._save(step, state)
-                if stop:
-                    break
-                if step < last:
+                if goes_on:
                     batch, epochs = self._draw(step + 1)
-                self._read(keep=STEPS_IN_FLIGHT)
+                    self._read(keep=STEPS_IN_FLIGHT)
             self._read(keep=0)
-        return Outcome(state, request.name if step < last else None)
+        is_over = step >= last or self._is_over()
+        best_step = self.stopping.step if self.stopping else None
+        return Outcome(state, None if is_over else request.name, best_step)
+
+    def _is_over(self) -> bool:
+        """Whether patience has ended."""
+        return self.stopping is not None and self.stopping.is_over(self.run.eval)
+
+    def _is_evaluated(self, step: int) -> bool:
+        """The last step is left to what concludes the run, unless it may be the best one."""
+        config = self.run.eval
+        if step == self.run.train.num_steps:
+            return config.patience is not None
+        return config.every is not None and step % config.every == 0
+
+    def _is_saved(self, step: int) -> bool:
+        is_best = self.stopping is not None and self.stopping.step == step
+        return is_best or step % self.run.checkpoint.save_every == 0
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Held-out loss at this step, over at most `eval.max_batches` batches."""
@@ -116,7 +141,21 @@ class Loop:
         if total is not None:
             means = {name: float(value.mean) for name, value in total.items()}
             self.writer.write_eval(step, means)
+            self._note(step, means)
+        elif self.run.eval.patience is not None:
+            raise RunError("eval.patience needs held-out documents: see data.held_out_fraction")
         self._clock = None  # the pause is not the step's
+
+    def _note(self, step: int, means: Mapping[str, float]) -> None:
+        config = self.run.eval
+        if config.patience is None:
+            return
+        self.stopping = after(self.stopping, config.metric, step, means)
+        if self._is_over():
+            self.writer.message(
+                f"{config.metric} has been no better for {config.patience} evaluations than at step "
+                f"{self.stopping.step}: training ends, and that step is used"
+            )
 
     def _draw(self, step: int) -> tuple[Batch, dict[str, float]]:
         """The batch of this step, on its way to the devices; and the epochs it ends, if logged."""
@@ -130,7 +169,10 @@ class Loop:
 
     def _save(self, step: int, state: TrainState) -> None:
         self._read(keep=0)  # a state whose loss is not finite is never saved
-        self.checkpointer.save(step, state, self.files(self.loader.get_state()))
+        files = self.files(self.loader.get_state())
+        if self.stopping is not None:
+            files = dataclasses.replace(files, stopping=self.stopping.to_dict())
+        self.checkpointer.save(step, state, files)
         self.last_saved = step
 
     def _read(self, keep: int) -> None:

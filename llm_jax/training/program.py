@@ -15,31 +15,50 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from llm_jax.core.config import ConfigError, component
+from llm_jax.core.config import ConfigError, component, nearest
 from llm_jax.core.types import Batch, Model, Objective
 from llm_jax.nn.precision import Precision
+from llm_jax.optim.freeze import ALL, Trained, trained_part
+from llm_jax.optim.layer_decay import layer_scales, scaled
 from llm_jax.optim.make import make_optimizer
 from llm_jax.optim.schedule import make_schedule
 from llm_jax.sharding import xla_flags
 from llm_jax.sharding.mesh import make_rules
 from llm_jax.sharding.place import batch_sharding
-from llm_jax.sharding.rules import AxisRules, logical_axes, shardings_for, use_rules
+from llm_jax.sharding.rules import AxisRules, LogicalAxes, shardings_for, use_rules
 from llm_jax.training.config import RunConfig
 from llm_jax.training.state import TrainState
 from llm_jax.training.step import Metrics, evaluation_step, train_step
+from llm_jax.transforms import transformed
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The model before its transforms: what its parameters are made, loaded and exported as.
+
+    shapes, axes: nested dicts of the parameters' shapes and LogicalAxes. init makes random ones;
+    start makes the state that training begins with from given ones. Neither is jitted.
+    """
+
+    shapes: dict[str, Any]
+    axes: dict[str, Any]
+    init: Callable[[jax.Array], dict[str, Any]]
+    start: Callable[[dict[str, Any], jax.Array], TrainState]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """abstract_state: TrainState of ShapeDtypeStructs; state_shardings: the same tree of shardings.
 
-    batch_spec: shapes of the global batch with their shardings. init, step and evaluate are jitted;
-    step donates the state it is given.
+    trained: which part of the parameters is. batch_spec: shapes of the global batch with their shardings.
+    init, step and evaluate are jitted; step donates the state it is given.
     """
 
     graphdef: nnx.GraphDef
+    plain: Plain
     objective: Objective
     optimizer: optax.GradientTransformation
+    trained: Trained
     mesh: Mesh
     rules: AxisRules
     abstract_state: TrainState
@@ -64,43 +83,40 @@ class Program:
 
     @property
     def num_params(self) -> int:
-        return sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
+        """Of the model, without what transforms add."""
+        return sum(x.size for x in jax.tree.leaves(self.plain.shapes))
+
+    @property
+    def num_trained(self) -> int:
+        """How many numbers a step changes."""
+        part = jax.eval_shape(self.trained.part, self.abstract_state.params)
+        return sum(x.size for x in jax.tree.leaves(part))
 
 
 def build_program(config: RunConfig, mesh: Mesh) -> Program:
     """Puts model, objective and optimizer together for a mesh.
 
     Raises:
-      ConfigError: sizes that do not divide over the mesh; names parameter, axis, size and rule.
+      ConfigError: sizes that do not divide over the mesh; names parameter, axis, size and rule. Patterns
+        of parameters that match none.
     """
     rules = make_rules(config.mesh, mesh)
-    precision = Precision.on(
-        mesh.devices.flat[0].platform,
-        config.train.compute_dtype,
-        matmul_dtype=config.train.matmul_dtype,
-        reduce_dtype=config.train.reduce_dtype,
-        attention_kernel=config.train.attention_kernel,
-    )
-    make_model = functools.partial(
-        component("models", config.model.name).make, config.model, precision=precision
-    )
+    make_model = _model_maker(config, mesh.devices.flat[0].platform)
     objective = component("objectives", config.objective.name).make(config.objective)
-    graphdef, params, _ = nnx.split(
-        nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))), nnx.Param, ...
+    graphdef, params, extra = _abstract(
+        lambda: transformed(make_model(rngs=nnx.Rngs(0)), config.transforms, nnx.Rngs(0))
     )
-    axes = logical_axes(params)
+    axes, shapes = axes_of(params), nnx.to_pure_dict(params)
+    trained = trained_part(config.optimizer.freeze, shapes, axes)
     schedule = make_schedule(config.schedule, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule, axes)
-
-    def init(key: jax.Array) -> TrainState:
-        init_key, run_key = jax.random.split(key)
-        _, params, extra = nnx.split(make_model(rngs=nnx.Rngs(init_key)), nnx.Param, ...)
-        params, extra = nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, extra, optimizer.init(params), run_key)
-
+    optimizer = make_optimizer(config.optimizer, schedule, trained.axes(axes))
+    if config.optimizer.layer_decay is not None:
+        scales = layer_scales(config.optimizer.layer_decay, shapes, axes)
+        optimizer = scaled(optimizer, trained.part(scales))
+    plain = _plain(config, make_model, lambda params: optimizer.init(trained.part(params)))
+    init = functools.partial(plain.start, None)
     abstract = jax.eval_shape(init, jax.random.key(0))
-    shardings = state_shardings(abstract, axes, rules)
+    shardings = state_shardings(abstract, axes, rules, extra_axes=axes_of(extra), trained=trained)
     spec = batch_spec(config, objective, rules)
     step = with_rules(rules, functools.partial(
         train_step,
@@ -109,6 +125,7 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
         optimizer=optimizer,
         schedule=schedule,
         accumulate_steps=config.train.accumulate_steps,
+        trained=trained,
     ))  # fmt: skip
     evaluate = with_rules(
         rules, functools.partial(evaluation_step, graphdef=graphdef, objective=objective)
@@ -117,8 +134,10 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
     batch_shardings = {name: s.sharding for name, s in spec.items()}
     return Program(
         graphdef=graphdef,
+        plain=plain,
         objective=objective,
         optimizer=optimizer,
+        trained=trained,
         mesh=mesh,
         rules=rules,
         abstract_state=abstract,
@@ -136,19 +155,77 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
     )
 
 
+def _model_maker(config: RunConfig, platform: str) -> Callable[..., Model]:
+    precision = Precision.on(
+        platform,
+        config.train.compute_dtype,
+        matmul_dtype=config.train.matmul_dtype,
+        reduce_dtype=config.train.reduce_dtype,
+        attention_kernel=config.train.attention_kernel,
+    )
+    make = component("models", config.model.name).make
+    return functools.partial(make, config.model, precision=precision)
+
+
+def _abstract(make: Callable[[], Model]) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graphdef, parameters, all else) of a model, in shapes alone."""
+    return nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+
+
+def _plain(
+    config: RunConfig, make_model: Callable[..., Model], init_optimizer: Callable[[Any], Any]
+) -> Plain:
+    def init(key: jax.Array) -> dict[str, Any]:
+        model = make_model(rngs=nnx.Rngs(jax.random.split(key)[0]))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def start(params: dict[str, Any] | None, key: jax.Array) -> TrainState:
+        init_key, run_key = jax.random.split(key)
+        model = make_model(rngs=nnx.Rngs(init_key))
+        if params is not None:
+            nnx.update(model, nnx.State(params))
+        # Apart from the keys that the model takes from init_key.
+        rngs = nnx.Rngs(jax.random.fold_in(init_key, 2**31 - 1))
+        model = transformed(model, config.transforms, rngs)
+        _, params, extra = nnx.split(model, nnx.Param, ...)
+        params, extra = nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, extra, init_optimizer(params), run_key)
+
+    _, params, _ = _abstract(lambda: make_model(rngs=nnx.Rngs(0)))
+    return Plain(nnx.to_pure_dict(params), axes_of(params), init, start)
+
+
+def axes_of(state: nnx.State) -> dict:
+    """The LogicalAxes of each Variable as a nested dict; whole where it has none."""
+
+    def axes(variable: nnx.Variable) -> nnx.Variable:
+        names = variable.get_metadata().get("axes") or (None,) * variable.ndim
+        return variable.replace(LogicalAxes(tuple(names)))
+
+    named = jax.tree.map(axes, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return nnx.to_pure_dict(named)
+
+
 def check_traces(
     config: RunConfig, objective: Objective, evaluate: Callable, abstract: TrainState
 ) -> None:
     """Traces the forward pass of a microbatch, so that what cannot run is said before any data is read.
 
     Raises:
-      ConfigError: a kernel, a pipeline or a mixture of experts that does not fit model, mesh or backend.
+      ConfigError: a kernel, a pipeline or a mixture of experts that does not fit model, mesh or backend;
+        an eval.metric that evaluation does not give.
     """
     batch = objective.batch_spec(config.train.microbatch_size, config.data.sequence_length)
     try:
-        jax.eval_shape(evaluate, abstract.params, abstract.extra, batch)
+        metrics = jax.eval_shape(evaluate, abstract.params, abstract.extra, batch)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    metric = config.eval.metric
+    if config.eval.patience is not None and metric not in metrics:
+        raise ConfigError(
+            f"config.eval.metric = {metric!r}{nearest(metric, metrics)}; choices: {', '.join(metrics)}"
+        )
 
 
 def with_rules(rules: AxisRules, function: Callable) -> Callable:
@@ -162,24 +239,36 @@ def with_rules(rules: AxisRules, function: Callable) -> Callable:
     return wrapped
 
 
-def state_shardings(abstract: TrainState, axes: Any, rules: AxisRules) -> TrainState:
+def state_shardings(
+    abstract: TrainState,
+    axes: Any,
+    rules: AxisRules,
+    *,
+    extra_axes: Any = None,
+    trained: Trained = ALL,
+) -> TrainState:
     """Parameters by the rules; optimizer state as its parameter, where the shapes agree.
+
+    Args:
+      extra_axes: LogicalAxes of `abstract.extra`; None: all of it is whole.
 
     Raises:
       ConfigError: a parameter that does not divide over the mesh.
     """
+    whole = rules.replicated()
+    part = jax.eval_shape(trained.part, abstract.params)
     try:
         params = shardings_for(abstract.params, axes, rules)
-        moments = shardings_for(abstract.params, axes, rules.of_optimizer())
+        moments = shardings_for(part, trained.axes(axes), rules.of_optimizer())
+        extra = jax.tree.map(lambda _: whole, abstract.extra)
+        if extra_axes is not None:
+            extra = shardings_for(abstract.extra, extra_axes, rules)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    whole = rules.replicated()
     by_path = {
         _dict_suffix(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(abstract.params),
-            jax.tree.leaves(moments),
-            strict=True,
+            jax.tree_util.tree_leaves_with_path(part), jax.tree.leaves(moments), strict=True
         )
     }
 
@@ -190,7 +279,6 @@ def state_shardings(abstract: TrainState, axes: Any, rules: AxisRules) -> TrainS
         return sharding if shape == leaf.shape else whole
 
     opt_state = jax.tree_util.tree_map_with_path(like_its_parameter, abstract.opt_state)
-    extra = jax.tree.map(lambda _: whole, abstract.extra)
     return TrainState(whole, params, extra, opt_state, whole)
 
 

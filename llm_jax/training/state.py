@@ -13,7 +13,7 @@ class TrainState:
 
     step:      scalar int32, steps done.
     params:    nested dict of float32 arrays, by module path.
-    extra:     nested dict of what a model keeps besides parameters (BatchNorm statistics, ...).
+    extra:     nested dict of what a model keeps besides parameters: what transforms froze, ....
     opt_state: Optax's state.
     key:       the run's random key; each step folds its number into it.
     """

@@ -10,8 +10,10 @@ import optax
 from flax import nnx
 
 from llm_jax.core.types import Batch, Objective, Weighted
+from llm_jax.optim.freeze import ALL, Trained
 from llm_jax.sharding.rules import active_rules, use_rules
 from llm_jax.training.state import TrainState
+from llm_jax.transforms import drawn
 
 Metrics = dict[str, jax.Array]
 
@@ -25,6 +27,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulate_steps: int,
+    trained: Trained = ALL,
 ) -> tuple[TrainState, Metrics]:
     """The next state and scalar float32 metrics of this step."""
     key = jax.random.fold_in(state.key, state.step)
@@ -36,12 +39,14 @@ def train_step(
         graphdef=graphdef,
         objective=objective,
         accumulate_steps=accumulate_steps,
+        trained=trained,
     )
     # Sums until here: dividing once by the whole weight makes microbatches equal one big batch.
     grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1.0), grads)
     with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        part = trained.part(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, part)
+        params = trained.joined(optax.apply_updates(part, updates), state.params)
     report = {name: value.mean for name, value in {"loss": loss, **metrics}.items()}
     report |= {
         "grad_norm": optax.global_norm(grads),
@@ -61,22 +66,25 @@ def gradients(
     graphdef: nnx.GraphDef,
     objective: Objective,
     accumulate_steps: int = 1,
+    trained: Trained = ALL,
 ) -> tuple[Any, Weighted, dict[str, Weighted]]:
-    """(gradient of the summed loss, loss, metrics) of a batch, as sums."""
+    """(gradient of the summed loss by what is trained, loss, metrics) of a batch, as sums."""
 
-    def loss_sum(params: Any, batch: Batch, key: jax.Array):
-        model = nnx.merge(graphdef, nnx.State(params), nnx.State(extra))
+    def loss_sum(part: Any, batch: Batch, key: jax.Array):
+        whole = trained.joined(part, params)
+        model = drawn(nnx.merge(graphdef, nnx.State(whole), nnx.State(extra)), key)
         output = objective.loss(model, batch, key=key, train=True)
         return output.loss.sum, (output.loss, output.metrics)
 
-    def gradient(params: Any, batch: Batch, key: jax.Array):
-        (_, aux), grads = jax.value_and_grad(loss_sum, has_aux=True)(params, batch, key)
+    def gradient(part: Any, batch: Batch, key: jax.Array):
+        (_, aux), grads = jax.value_and_grad(loss_sum, has_aux=True)(part, batch, key)
         return grads, aux
 
+    part = trained.part(params)
     if accumulate_steps == 1:
-        grads, (loss, metrics) = gradient(params, batch, key)
+        grads, (loss, metrics) = gradient(part, batch, key)
     else:
-        grads, (loss, metrics) = accumulate(gradient, params, batch, key, accumulate_steps)
+        grads, (loss, metrics) = accumulate(gradient, part, batch, key, accumulate_steps)
     return grads, loss, metrics
 
 

@@ -16,20 +16,6 @@ from llm_jax.nn.transformer import Stack, dropout
 from llm_jax.sharding.rules import active_rules, constrain
 
 
-class Dense(nnx.Module):
-    """[..., D] to [..., F] with a bias."""
-
-    def __init__(self, into: int, out: int, axes, *, stddev, precision: Precision, rngs: nnx.Rngs):
-        self.precision = precision
-        self.weight = param(rngs, (into, out), axes, normal(stddev))
-        self.bias = param(rngs, (out,), (axes[1],), zeros)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [B, T, D] in the compute dtype."""
-        y = self.precision.einsum("btd,df->btf", x, self.weight[...])
-        return self.precision.add_bias(y, self.bias[...])
-
-
 class Bert(nnx.Module):
     """Reads `tokens`, with optional `segment_ids`, `positions`, `token_types`, `predict_positions`.
 
@@ -47,22 +33,14 @@ class Bert(nnx.Module):
         self.type_embed = table(config.num_token_types)
         self.embed_norm = Norm(width, config.norm, **makers)
         self.stack = Stack(config.transformer(), **makers)
-
-        def dense(out: int, axis: str) -> Dense:
-            return Dense(width, out, ("embed", axis), stddev=config.init_stddev, **makers)
-
         if config.pooler:
-            self.pooler = dense(width, "features")
+            self.pooler = Dense(config, width, "features", **makers)
         if config.num_classes is not None:
-            self.classifier = dense(config.num_classes, "labels")
+            self.class_head = Dense(config, config.num_classes, "labels", **makers)
         if config.head in ("masked_lm", "pretraining"):
-            self.mlm_dense = dense(width, "features")
-            self.mlm_norm = Norm(width, config.norm, **makers)
-            self.mlm_bias = param(rngs, (config.vocab_size,), ("vocab",), zeros)
-        if config.head == "token_classification":
-            self.token_classifier = dense(config.num_labels, "labels")
-        if config.head == "question_answering":
-            self.token_classifier = dense(2, "labels")
+            self.mlm_head = MlmHead(config, **makers)
+        if config.num_token_classes is not None:
+            self.token_head = Dense(config, config.num_token_classes, "labels", **makers)
 
     def __call__(
         self,
@@ -89,9 +67,7 @@ class Bert(nnx.Module):
             out = self.stack(x, places, key=keys[1], capture=capture)
         class_logits = None
         if config.num_classes is not None:
-            pooled = dropout(self._pooled(out.x), config.dropout, keys[2])
-            with jax.named_scope("classifier"):
-                class_logits = self.classifier(pooled)[:, 0].astype(jnp.float32)
+            class_logits = self._class_logits(out.x, keys[2])
         hidden, head = self._token_head(out.x, batch.get("predict_positions"), keys[2])
         logits = None if head is None else head_logits(self.precision, hidden, head)
         return ModelOutput(logits, hidden, head, class_logits=class_logits, captured=out.captured)
@@ -101,30 +77,76 @@ class Bert(nnx.Module):
         # Gathered whole over "fsdp" before the lookup: see models/gpt/model.py.
         x = constrain(self.embed[...], "vocab", None)[tokens]
         x = x + self.position_embed[...][places.positions + self.config.position_offset]
-        types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = x + constrain(self.type_embed[...], "position", None)[types]
+        x = x + self._type_embedded(token_types)
         x = dropout(self.embed_norm(self.precision.cast(x)), self.config.dropout, key)
         return constrain(x, "batch", "residual_length", "activation_embed")
 
-    @jax.named_scope("pooler")
-    def _pooled(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] to [B, 1, D]: of the first token."""
-        return jnp.tanh(self.pooler(x[:, :1]).astype(jnp.float32)).astype(x.dtype)
+    def _type_embedded(self, token_types):
+        """[B, T, D], or [D] where all tokens are of one type.
+
+        Not looked up: the derivative would add all tokens of the batch to two rows, one by one.
+        """
+        table = constrain(self.type_embed[...], "position", None)
+        if token_types is None or len(table) == 1:
+            return table[0]
+        types = token_types[..., None]
+        return sum(jnp.where(types == number, row, 0) for number, row in enumerate(table))
+
+    def _class_logits(self, x: jax.Array, key) -> jax.Array:
+        """[B, T, D] to [B, C] float32, from the first token."""
+        with jax.named_scope("pooler"):
+            x = jnp.tanh(self.pooler(x[:, :1]).astype(jnp.float32)).astype(x.dtype)
+        if self.config.head == "sequence_classification":
+            x = dropout(x, self.config.dropout, key)
+        with jax.named_scope("class_head"):
+            return self.class_head(x)[:, 0].astype(jnp.float32)
 
     def _token_head(self, x, predict_positions, key):
         """(hidden, head) of a head over tokens, or (x, None)."""
         config = self.config
         if config.head in ("masked_lm", "pretraining"):
-            with jax.named_scope("mlm"):
-                if predict_positions is not None:
-                    x = jnp.take_along_axis(x, predict_positions[..., None], axis=1)
-                x = self.mlm_norm(activate(config.activation, self.mlm_dense(x), None))
-            return x, Head(self.embed[...], "btd,vd->btv", bias=self.mlm_bias[...])
-        if config.head in ("token_classification", "question_answering"):
+            if predict_positions is not None:
+                x = jnp.take_along_axis(x, predict_positions[..., None], axis=1)
+            bias = self.mlm_head.bias[...]
+            return self.mlm_head(x), Head(self.embed[...], "btd,vd->btv", bias=bias)
+        if config.num_token_classes is None:
+            return x, None
+        if config.head == "token_classification":
             x = dropout(x, config.dropout, key)
-            layer = self.token_classifier
-            return x, Head(layer.weight[...], "btd,dv->btv", bias=layer.bias[...])
-        return x, None
+        layer = self.token_head
+        return x, Head(layer.weight[...], "btd,dv->btv", bias=layer.bias[...])
+
+
+class Dense(nnx.Module):
+    """[B, T, D] to [B, T, F] with a bias, in the compute dtype."""
+
+    def __init__(
+        self, config: Config, size: int, axis: str, *, precision: Precision, rngs: nnx.Rngs
+    ):
+        self.precision = precision
+        shape = (config.embed_dim, size)
+        self.weight = param(rngs, shape, ("embed", axis), normal(config.init_stddev))
+        self.bias = param(rngs, (size,), (axis,), zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.precision.einsum("btd,df->btf", x, self.weight[...])
+        return self.precision.add_bias(y, self.bias[...])
+
+
+class MlmHead(nnx.Module):
+    """What stands before the embedding table that makes the logits; `bias` is theirs."""
+
+    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
+        self.activation = config.activation
+        makers = {"precision": precision, "rngs": rngs}
+        self.dense = Dense(config, config.embed_dim, "features", **makers)
+        self.norm = Norm(config.embed_dim, config.norm, **makers)
+        self.bias = param(rngs, (config.vocab_size,), ("vocab",), zeros)
+
+    @jax.named_scope("mlm_head")
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, P, D] to the same."""
+        return self.norm(activate(self.activation, self.dense(x), None))
 
 
 def mean_pooled(hidden: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -79,6 +79,13 @@ class Config:
                 object.__setattr__(self, name, value)
         if self.position == "sinusoidal" and self.embed_dim % 2:
             raise ValueError(f"embed_dim {self.embed_dim} must be even for sinusoidal positions")
+        for name in ("relative_buckets", "relative_distance"):
+            default = type(self).__dataclass_fields__[name].default
+            if self.position != "relative" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} has no effect without position='relative'; leave it "
+                    f"at {default}"
+                )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
         self.encoder(), self.decoder()  # their own checks, at parse time

@@ -34,6 +34,12 @@ class EncoderDecoder(nnx.Module):
         self.embed = param(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"), init)
         self.encoder = Stack(config.encoder(), **makers)
         self.decoder = Stack(config.decoder(), **makers)
+        if config.attention_scale is not None:
+            # T5 has the scale of the scores in the queries' initial weights instead.
+            factor = config.head_dim**-0.5 / config.attention_scale
+            for layers in (self.encoder.layers, self.decoder.layers):
+                _scale(layers.attention.query, factor)
+            _scale(self.decoder.layers.cross_attention.query, factor)
         if config.norm_placement == "pre":
             self.encoder_norm = Norm(config.embed_dim, config.norm_config, **makers)
             self.decoder_norm = Norm(config.embed_dim, config.norm_config, **makers)
@@ -59,29 +65,20 @@ class EncoderDecoder(nnx.Module):
           capture: names are those of the two stacks, "encoder.residual", "decoder.cross_attention" ...
         """
         keys = jax.random.split(key) if train and key is not None else (None, None)
-        captures = {
-            stack: tuple(n.split(".", 1)[1] for n in capture if n.startswith(f"{stack}."))
-            for stack in ("encoder", "decoder")
-        }
-        captured, memory = {}, None
+        tokens, captured, memory = batch["tokens"], {}, None
         if cache is None:
-            memory, seen = self._encode(batch, keys[0], captures["encoder"])
+            memory, seen = self._encode(batch, keys[0], _of("encoder", capture))
             captured |= {f"encoder.{name}": value for name, value in seen.items()}
-        tokens = batch["tokens"]
-        if cache is None:
             self._check_length("tokens", tokens)
         places = Places.of(tokens, batch.get("segment_ids"), batch.get("positions"))
-        embed_key, key = (None, None) if keys[1] is None else jax.random.split(keys[1])
-        x = self._embedded(tokens, places, embed_key)
+        keys = (None,) * 3 if keys[1] is None else jax.random.split(keys[1], 3)
+        x = self._embedded(tokens, places, keys[0])
         with jax.named_scope("decoder"):
             out = self.decoder(
-                x, places, memory=memory, key=key, cache=cache, capture=captures["decoder"]
+                x, places, memory=memory, key=keys[1], cache=cache, capture=_of("decoder", capture)
             )
         captured |= {f"decoder.{name}": value for name, value in out.captured.items()}
-        x = out.x
-        if self.config.norm_placement == "pre":
-            with jax.named_scope("decoder_norm"):
-                x = self.decoder_norm(x)
+        x = self._finished("decoder_norm", out.x, keys[2])
         if self.config.scale_outputs:
             x = x * jnp.asarray(self.config.embed_dim**-0.5, x.dtype)
         head = self._head()
@@ -112,15 +109,11 @@ class EncoderDecoder(nnx.Module):
         tokens = batch["encoder_tokens"]
         self._check_length("encoder_tokens", tokens)
         places = Places.of(tokens, batch.get("encoder_segment_ids"), batch.get("encoder_positions"))
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = self._embedded(tokens, places, keys[0])
         with jax.named_scope("encoder"):
             out = self.encoder(x, places, key=keys[1], capture=capture)
-        x = out.x
-        if self.config.norm_placement == "pre":
-            with jax.named_scope("encoder_norm"):
-                x = self.encoder_norm(x)
-        return Memory(x, places), out.captured
+        return Memory(self._finished("encoder_norm", out.x, keys[2]), places), out.captured
 
     @jax.named_scope("embed")
     def _embedded(self, tokens, places, key):
@@ -133,6 +126,14 @@ class EncoderDecoder(nnx.Module):
             x = x + sinusoidal_positions(places.positions, config.embed_dim)
         x = dropout(self.precision.cast(x), config.dropout, key)
         return constrain(x, "batch", "residual_length", "activation_embed")
+
+    def _finished(self, norm: str, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The end of a stack, whose last norm "post" has in its last block."""
+        if self.config.norm_placement == "post":
+            return x
+        with jax.named_scope(norm):
+            # T5 drops units of the outputs, too (section 2.1).
+            return dropout(getattr(self, norm)(x), self.config.dropout, key)
 
     def _check_length(self, name: str, tokens: jax.Array) -> None:
         if tokens.shape[1] > self.config.max_length:
@@ -149,6 +150,14 @@ class EncoderDecoder(nnx.Module):
         if self.config.tie_embeddings:
             return Head(self.embed[...], "btd,vd->btv", bias=bias)
         return Head(self.head[...], "btd,dv->btv", bias=bias)
+
+
+def _of(stack: str, capture: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name.removeprefix(f"{stack}.") for name in capture if name.startswith(f"{stack}."))
+
+
+def _scale(parameter: nnx.Param, factor: float) -> None:
+    parameter[...] = parameter[...] * factor
 
 
 def make(config: Config, *, precision: Precision, rngs: nnx.Rngs) -> EncoderDecoder:
