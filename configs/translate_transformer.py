@@ -41,8 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
             "objective": {"name": "seq2seq", "target_length": 48, "label_smoothing": 0.1},
             "optimizer": {"name": "adamw", "beta2": 0.98, "weight_decay": 0.0},
             "schedule": {"name": "inverse_sqrt", "learning_rate": 1.5e-3, "warmup_steps": 300},
-            "train": {"num_steps": 2500, "batch_size": 64, "compute_dtype": "float32"},
+            "train": {"num_steps": 1200, "batch_size": 64, "compute_dtype": "float32"},
             "checkpoint": {"save_every": 1000},
-            "eval": {"every": 500, "max_batches": 8, "num_beams": 4},
+            "eval": {"every": 300, "max_batches": 8, "num_beams": 4},
         }
     )

@@ -112,6 +112,8 @@ def _write_configs(directory: Path, family: Family, config: Any, tokenizer: Toke
     content = family.hf_config(config, **{f"{role}_id": i for role, i in ids.items()})
     _write_json(directory / "config.json", content)
     generation = {f"{role}_token_id": i for role, i in ids.items()}
+    if "decoder_start_token_id" in content:
+        generation["decoder_start_token_id"] = content["decoder_start_token_id"]
     _write_json(directory / "generation_config.json", generation)
 
 

@@ -114,6 +114,7 @@ class Architecture:
     skipped: names in checkpoints that are no parameters, without the prefix.
     copies: names of tensors that may lie beside the one they are tied to, and that one's name. They
       must be equal; one that is a parameter of its own, since the config does not tie it, is none.
+    applies: to which contents of config.json, among architectures of one class.
     heads: names, with the prefix, of what other classes of the same model_type have on top: passed
       over where our model lacks it, and left to be initialized where the checkpoint lacks it.
     """
@@ -133,6 +134,7 @@ class Architecture:
     skipped: str | None = None
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     heads: str | None = None
+    applies: Callable[[Mapping[str, Any]], bool] = lambda content: True
 
     @property
     def told(self) -> set[str]:
@@ -181,19 +183,19 @@ class Family:
         Raises:
           ConfigError: there is none; names what stands between the config and the nearest.
         """
-        obstacles = {a.class_name: a.obstacles(config) for a in self.architectures}
+        found = [(a, a.obstacles(config)) for a in self.architectures]
         values = flat(config)
         is_section = lambda field: dataclasses.is_dataclass(values.get(field))  # noqa: E731
         # One without a whole section of ours is farther away than any with some other values.
         distance = lambda fields: (sum(map(is_section, fields)), len(fields))  # noqa: E731
-        nearest = min(self.architectures, key=lambda a: distance(obstacles[a.class_name]))
-        if not obstacles[nearest.class_name]:
+        nearest, obstacles = min(found, key=lambda pair: distance(pair[1]))
+        if not obstacles:
             return nearest
         wrong = " and ".join(
             f"model.{field}"
             + ("" if is_section(field) else f" = {values.get(field)!r}")
             + f" (it takes {value!r})"
-            for field, value in obstacles[nearest.class_name].items()
+            for field, value in obstacles.items()
         )
         raise ConfigError(
             f"no Hugging Face architecture computes this model; the nearest, {nearest.class_name}, "
@@ -212,6 +214,7 @@ class Family:
                 f"model_type = {content.get('model_type')!r} cannot be read; "
                 f"choices: {', '.join(self.model_types)}"
             )
+        found = [a for a in found if a.applies(content)]
         names = content.get("architectures") or ()
         return next((a for a in found if a.class_name in names), found[0])
 
@@ -237,6 +240,8 @@ class Family:
             out[field.key] = field.write(values[field.ours])
         out |= {**architecture.only, **architecture.written}
         # The embedding's row of pad_token_id gets no gradient in transformers: never a token in use.
+        if architecture.only.get("is_encoder_decoder"):
+            out["decoder_start_token_id"] = pad_id  # as objectives/seq2seq.py has it
         pad_id = None if pad_id in (bos_id, eos_id) else pad_id
         out |= {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
         out |= {"dtype": "float32", "torch_dtype": "float32"}  # the key of 5.x, of 4.x

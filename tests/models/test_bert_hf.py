@@ -279,7 +279,9 @@ def test_an_option_that_we_cannot_compute_is_refused_by_name(changes, named):
 
 def test_a_model_that_hugging_face_lacks_is_refused_by_field():
     config = Config(**BERT | {"position_offset": 2}, head="masked_lm", activation="relu")
-    with pytest.raises(ConfigError, match=r"BertForMaskedLM, .*model\.position_offset = 2") as error:
+    with pytest.raises(
+        ConfigError, match=r"BertForMaskedLM, .*model\.position_offset = 2"
+    ) as error:
         FAMILY.architecture_for(config)
     assert "\n" not in str(error.value)
 
