@@ -51,8 +51,8 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "schedule": {"name": "linear", "learning_rate": 3e-4, "warmup_steps": 60,
                          "final_fraction": 0.02},
-            "train": {"num_steps": 1000, "batch_size": 32, "compute_dtype": "bfloat16"},
+            "train": {"num_steps": 600, "batch_size": 32, "compute_dtype": "bfloat16"},
             "checkpoint": {"save_every": 500},
-            "eval": {"every": 250, "max_batches": 1000},
+            "eval": {"every": 200, "max_batches": 1000},
         }
     )  # fmt: skip
