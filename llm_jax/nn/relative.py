@@ -53,8 +53,8 @@ class RelativeBias(nnx.Module):
         One value per distance is looked up, then laid out by slicing a repetition of that row: the
         derivative of a gather of all T * S would be a scatter.
         """
-        distances = jnp.arange(num_keys + num_queries - 1) - (num_queries - 1)
-        row = self._of(distances).T  # [N, T + S - 1]
+        distances = jnp.arange(num_keys + num_queries) - (num_queries - 1)
+        row = self._of(distances).T  # [N, T + S]
         length = row.shape[1]
         flat = jnp.tile(row, (1, num_queries))[:, num_queries - 1 :]
         flat = flat[:, : num_queries * (length - 1)]

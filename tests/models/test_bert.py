@@ -168,20 +168,17 @@ def test_dropout_acts_in_training_alone():
     assert not np.allclose(drawn[0], quiet)
 
 
-def loss_and_gradients(sizes: dict, kernel: str = "auto"):
+def loss_and_gradients(sizes: dict):
     """Of one batch of masked pairs in float32, on a mesh of these sizes."""
     run_config = resolve(
         {
             "model": dataclasses.asdict(config_of("pretraining")),
             "objective": {"name": "masked_lm", "pairs": "next_sentence"},
             "data": {"sequence_length": T, "tokenizer": {"name": "tiktoken"}},
-            "train": {
-                "num_steps": 1, "batch_size": 8, "compute_dtype": "float32",
-                "attention_kernel": kernel,
-            },
+            "train": {"num_steps": 1, "batch_size": 8, "compute_dtype": "float32"},
             "mesh": {"data": 1, **sizes},
         }
-    )  # fmt: skip
+    )
     devices = jax.devices()[: math.prod(sizes.values())]
     program = build_program(run_config, make_mesh(run_config.mesh, devices))
     rng, spec = np.random.default_rng(0), program.batch_spec
@@ -210,13 +207,12 @@ def loss_and_gradients(sizes: dict, kernel: str = "auto"):
     return jax.device_get(compute(params, batch))
 
 
-def test_shares_and_kernels_give_the_same_loss_and_gradients():
+def test_shares_give_the_same_loss_and_gradients():
     expected, expected_metrics = loss_and_gradients({})
-    for sizes, kernel in [({"data": 2, "fsdp": 2, "tensor": 2}, "auto"), ({}, "blockwise")]:
-        grads, metrics = loss_and_gradients(sizes, kernel)
-        for name, value in expected_metrics.items():
-            assert metrics[name] == pytest.approx(value, abs=1e-5), name
-        assert_trees_close(grads, expected, atol=2e-4)
+    grads, metrics = loss_and_gradients({"data": 2, "fsdp": 2, "tensor": 2})
+    for name, value in expected_metrics.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-5), name
+    assert_trees_close(grads, expected, atol=2e-4)
 
 
 def test_shares_of_the_sequence_are_refused_in_one_line():

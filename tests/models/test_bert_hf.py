@@ -1,6 +1,7 @@
 """models/bert/hf.py against transformers: equal outputs in both directions, and real weights."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import zipfile
@@ -15,12 +16,13 @@ from random_models import PAD, assert_same_parameters, export, padded_tokens, ra
 from safetensors.numpy import load_file, save_file
 from tiny import run
 
-from llm_jax.core.config import ConfigError
+from llm_jax.core.config import ConfigError, load
 from llm_jax.data.tokenizers import huggingface
 from llm_jax.export import hf as export_hf
 from llm_jax.models.bert import Config
 from llm_jax.models.bert.hf import FAMILY
 from llm_jax.models.bert.model import mean_pooled
+from llm_jax.training.config import resolve
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -172,19 +174,19 @@ def test_any_head_starts_from_any_other(class_name, tmp_path):
             assert params.keys() == source.keys()
 
 
+@pytest.mark.parametrize("exported", ["BertForPreTraining"], indirect=True)
 def test_checkpoint_of_the_first_days(exported, tmp_path):
     """Names of TensorFlow's norms, buffers, copies of tied tensors, no class in config.json."""
-    class_name, model, folder = exported
-    if class_name != "BertForPreTraining":
-        pytest.skip("one class is enough")
+    _, model, folder = exported
     tensors = load_file(folder / "model.safetensors")
     tensors["bert.embeddings.position_ids"] = np.arange(23)[None]
     tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
     tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-    rename = lambda name: name.replace(
-        *next(((k, v) for k, v in old.items() if k in name), ("", ""))
-    )  # noqa: E731
+
+    def rename(name):
+        return functools.reduce(lambda text, pair: text.replace(*pair), old.items(), name)
+
     save_file({rename(name): x for name, x in tensors.items()}, tmp_path / "model.safetensors")
     content = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -239,6 +241,15 @@ def test_published_configs():
         50265, num_positions=514, position_offset=2, num_token_types=1, norm_epsilon=1e-5, **masked
     )
     assert roberta.max_length == 512
+
+
+@pytest.mark.parametrize(("name", "head"), [("bert", "pretraining"), ("roberta", "masked_lm")])
+def test_config_files_are_the_published_models(name, head):
+    published = FAMILY.config_from_hf(
+        next(c for k, c in PUBLISHED.items() if k.startswith(f"{name}-base"))
+    )
+    ours = resolve(load(f"configs/{name}_base.py")).model
+    assert ours == dataclasses.replace(published, head=head, pooler=None)
 
 
 @pytest.mark.parametrize("architecture", FAMILY.architectures, ids=lambda a: a.class_name)

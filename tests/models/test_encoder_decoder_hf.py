@@ -11,12 +11,13 @@ from flax import nnx
 from random_models import PAD, assert_same_parameters, export, padded_tokens, random_model
 from safetensors.numpy import load_file, save_file
 
-from llm_jax.core.config import ConfigError
+from llm_jax.core.config import ConfigError, load
 from llm_jax.export import hf as export_hf
 from llm_jax.models.encoder_decoder import Config
 from llm_jax.models.encoder_decoder.hf import FAMILY
 from llm_jax.nn.relative import RelativeBias, RelativeBiasConfig
 from llm_jax.nn.transformer import unstack
+from llm_jax.training.config import resolve
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -297,20 +298,19 @@ OPUS_MT = {
 
 
 def test_published_configs():
-    t5 = {k: v for k, v in T5.items() if k not in ("num_decoder_layers", "norm_epsilon")} | {
-        "vocab_size": 32128, "embed_dim": 768, "num_layers": 12, "num_heads": 12, "head_dim": 64,
-        "max_length": 512, "relative_buckets": 32, "relative_distance": 128, "norm_epsilon": 1e-6,
-        "dropout": 0.1,
-    }  # fmt: skip
-    original = Config(**t5 | {"mlp_dim": 3072, "scale_outputs": True})
-    assert FAMILY.config_from_hf(T5_BASE) == original
-    gated = {"mlp_dim": 2048, "gated": True, "activation": "gelu_tanh", "tie_embeddings": False}
-    assert FAMILY.config_from_hf(T5_V1_1_BASE) == Config(**t5 | gated)
+    files = {
+        name: resolve(load(f"configs/{name}.py")).model
+        for name in ("t5_base", "t5_v1_1_base", "transformer_base")
+    }
+    assert FAMILY.config_from_hf(T5_BASE) == files["t5_base"]
+    gated = dataclasses.replace(files["t5_v1_1_base"], dropout=0.1)  # of fine-tuning
+    assert FAMILY.config_from_hf(T5_V1_1_BASE) == gated
     by_transformers = transformers.T5Config(**T5_V1_1_BASE).to_dict()
-    assert FAMILY.config_from_hf(by_transformers) == Config(**t5 | gated)
-    assert FAMILY.config_from_hf(OPUS_MT) == Config(
-        58101, 512, 6, 8, activation="silu", head_bias=True, dropout=0.1
-    )
+    assert FAMILY.config_from_hf(by_transformers) == gated
+    opus = FAMILY.config_from_hf(OPUS_MT)
+    assert opus == Config(58101, 512, 6, 8, activation="silu", head_bias=True, dropout=0.1)
+    same = {"vocab_size": 37000, "activation": "relu", "head_bias": False, "init_stddev": 512**-0.5}
+    assert dataclasses.replace(opus, **same) == files["transformer_base"]
 
 
 @pytest.mark.parametrize(

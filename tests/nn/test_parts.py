@@ -9,6 +9,7 @@ from flax import nnx
 from llm_jax.nn.losses import token_loss
 from llm_jax.nn.norm import Norm, NormConfig
 from llm_jax.nn.precision import Precision
+from llm_jax.nn.relative import RelativeBias, RelativeBiasConfig
 from llm_jax.nn.rope import RopeConfig, RopeScaling, apply_rope, rope_frequencies, rope_tables
 
 
@@ -101,3 +102,10 @@ def test_llama3_scaling_slows_only_slow_frequencies():
     slow = wavelength > 8192
     np.testing.assert_allclose(scaled[slow], plain[slow] / 8, rtol=1e-6)
     assert np.all(np.diff(scaled) < 0)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 5), (4, 2)])
+def test_relative_biases_of_few_tokens(queries, keys):
+    bias = RelativeBias(2, RelativeBiasConfig(8, 9), causal=False, stddev=1.0, rngs=nnx.Rngs(0))
+    expected = bias.after(jnp.zeros((), jnp.int32), queries, keys)
+    np.testing.assert_array_equal(bias(queries, keys), expected)
