@@ -92,16 +92,15 @@ def evaluate(
             evaluation.summary.update(exact_match.run(model, rules))
             evaluation.examples.extend(exact_match.examples)
         elif name == "perplexity":
-            if not _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size):
-                return None
-    return evaluation
+            _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size)
+    return evaluation if evaluation.summary else None
 
 
-def _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size) -> bool:
+def _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size) -> None:
     found = held_out_documents(run.data, workdir, run.eval.final_bytes)
     documents = [Document(d.name, d.text) for d in found]
     if not documents:
-        return False
+        return
     perplexity = Perplexity(
         documents, tokenizer, run.data.sequence_length, batch_size, run.eval.context
     )
@@ -109,7 +108,6 @@ def _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size) 
     evaluation.summary.update(summarize(scores))
     files = compare_with_compressors(documents, scores)
     evaluation.files.extend(sorted(files, key=lambda f: f.model / f.gzip, reverse=True))
-    return True
 
 
 def show(evaluation: Evaluation, console: Console, most_files: int = 12) -> None:
