@@ -1,5 +1,6 @@
 """The state that a run begins with: its newest checkpoint > `init_from` > random parameters."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -100,7 +101,10 @@ def init(run: RunConfig, program: Program, say: Say) -> TrainState:
     if rules is not program.rules:
         return jax.device_put(jax.jit(plain.start)(params, key), program.state_shardings)
     start = jax.jit(plain.start, donate_argnums=0, out_shardings=program.state_shardings)
-    return start(params, key)
+    with warnings.catch_warnings():
+        # Of what a transform quantizes, the memory cannot serve for the state.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return start(params, key)
 
 
 def _check(run: RunConfig, program: Program, found: Mapping[str, Any], fresh: list[str]) -> None:
@@ -122,11 +126,13 @@ def _check(run: RunConfig, program: Program, found: Mapping[str, Any], fresh: li
 def _rules_to_load(program: Program) -> AxisRules:
     """Those of the program; one CPU where the loaded model takes more memory than the state has.
 
-    So that a model which is quantized to fit its devices need not be on them before that.
+    So that a model which is quantized to fit its device need not be on it before that. Several processes
+    have it in shares, and could not hand arrays of their own to each other.
     """
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
     state = program.abstract_state
-    if size(program.plain.shapes) <= size((state.params, state.extra)):
+    fits = size(program.plain.shapes) <= size((state.params, state.extra))
+    if fits or jax.process_count() > 1:
         return program.rules
     try:
         return AxisRules(make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1]))

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from llm_jax.checkpoint.manager import Checkpointer
+from llm_jax.checkpoint.manager import Checkpointer, read_run_files, steps_in
 from llm_jax.core.config import ConfigError, component
 from llm_jax.core.types import Model, Tokenizer
 from llm_jax.data.tokenizers import load_tokenizer
@@ -59,32 +59,41 @@ def load_model(
       ConfigError: no such step (lists those there are), an unreadable checkpoint, or arrays that
         do not fit the model of its own config.
     """
-    with open_checkpoints(directory, step) as (checkpointer, step):
-        files = checkpointer.run_files(step)
-        run = resolve(files.config)
-        placing = rules(run) if rules is not None else AxisRules(mesh) if mesh is not None else None
-        device = jax.local_devices()[0] if placing is None else placing.mesh.devices.flat[0]
-        precision = Precision.on(device.platform, compute_dtype or run.train.compute_dtype)
-        make = component("models", run.model.name).make
+    folder, step = choose_checkpoint(directory, step)
+    files = read_run_files(folder, step)
+    run = resolve(files.config)
+    placing = rules(run) if rules is not None else AxisRules(mesh) if mesh is not None else None
+    device = jax.local_devices()[0] if placing is None else placing.mesh.devices.flat[0]
+    precision = Precision.on(device.platform, compute_dtype or run.train.compute_dtype)
+    make = component("models", run.model.name).make
 
-        def abstract() -> Model:
-            model = make(run.model, precision=precision, rngs=nnx.Rngs(0))
-            return transformed(model, run.transforms, nnx.Rngs(0))
+    def abstract() -> Model:
+        model = make(run.model, precision=precision, rngs=nnx.Rngs(0))
+        return transformed(model, run.transforms, nnx.Rngs(0))
 
-        graphdef, params, extra = nnx.split(nnx.eval_shape(abstract), nnx.Param, ...)
+    graphdef, params, extra = nnx.split(nnx.eval_shape(abstract), nnx.Param, ...)
+    with contextlib.closing(Checkpointer(folder)) as checkpointer:
         arrays = checkpointer.restore_params(step, _placed(params, extra, placing, device))
     model = nnx.merge(graphdef, nnx.State(arrays["params"]), nnx.State(arrays["extra"]))
     return LoadedModel(model, run, _tokenizer(files.tokenizer), step)
 
 
-@contextlib.contextmanager
-def open_checkpoints(directory: Path, step: int | None) -> Iterator[tuple[Checkpointer, int]]:
-    """The checkpoints of a run, to read, and which of them is meant; see `load_model`."""
-    checkpointer = Checkpointer(_checkpoints(Path(directory)))
-    try:
-        yield checkpointer, _choose(checkpointer, step)
-    finally:
-        checkpointer.close()
+def choose_checkpoint(directory: Path, step: int | None) -> tuple[Path, int]:
+    """The folder of a run's checkpoints and which of them is meant; arguments as of `load_model`.
+
+    Touches no devices, so that it may be asked before processes have met.
+    """
+    folder = _checkpoints(Path(directory)).absolute()
+    steps = steps_in(folder)
+    if not steps:
+        raise ConfigError(f"no finished checkpoint in {folder}")
+    if step is None:
+        best = read_run_files(folder, steps[-1]).best_step
+        return folder, best if best in steps else steps[-1]
+    if step not in steps:
+        there = ", ".join(map(str, steps))
+        raise ConfigError(f"no checkpoint of step {step} in {folder}; steps: {there}")
+    return folder, step
 
 
 def _checkpoints(directory: Path) -> Path:
@@ -92,21 +101,6 @@ def _checkpoints(directory: Path) -> Path:
     inside = directory / "checkpoints"
     holds_steps = directory.is_dir() and any(p.name.isdigit() for p in directory.iterdir())
     return directory if holds_steps and not inside.is_dir() else inside
-
-
-def _choose(checkpointer: Checkpointer, step: int | None) -> int:
-    steps = checkpointer.steps()
-    if not steps:
-        raise ConfigError(f"no finished checkpoint in {checkpointer.directory}")
-    if step is None:
-        best = checkpointer.run_files(steps[-1]).best_step
-        return best if best in steps else steps[-1]
-    if step not in steps:
-        there = ", ".join(map(str, steps))
-        raise ConfigError(
-            f"no checkpoint of step {step} in {checkpointer.directory}; steps: {there}"
-        )
-    return step
 
 
 def _placed(

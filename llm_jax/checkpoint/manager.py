@@ -138,10 +138,8 @@ class Checkpointer:
                 [policies.LatestN(config.keep_last), self._best]
                 + ([policies.EveryNSteps(config.keep_every)] if config.keep_every else [])
             )
-        elif not self.directory.is_dir():
-            raise ConfigError(
-                f"no checkpoints at {self.directory}: train first, or check --workdir"
-            )
+        else:
+            steps_in(self.directory)
         self._orbax = ocp.training.Checkpointer(self.directory, preservation_policy=keep)
 
     def _remove_leftovers(self) -> None:
@@ -198,15 +196,12 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            kept = [s for s in self._steps_on_disk() if s != step]
+            kept = [s for s in steps_in(self.directory) if s != step]
             last = f"step {kept[-1]} is kept" if kept else "there is no earlier one"
             raise RunError(
                 f"the checkpoint of step {step} could not be written ({_reason(error)}): "
                 f"training stopped, {last}"
             ) from error
-
-    def _steps_on_disk(self) -> list[int]:
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
 
     def close(self) -> None:
         self._orbax.close()
@@ -269,24 +264,11 @@ class Checkpointer:
         out = self._load(step, wanted)
         state = TrainState(**out["model"], **out["optimizer"])
         state = dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
-        return state, self._parse(step, out["run"].files)
+        return state, _parse(self.directory / str(step), out["run"].files)
 
     def restore_params(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
         """`{"params", "extra"}` of one step; abstract leaves carry the shardings."""
         return self._load(step, {"model": dict(abstract)})["model"]
-
-    def run_files(self, step: int) -> RunFiles:
-        """Config, loader state and tokenizer, without reading arrays."""
-        return self._parse(step, read_folder(self.directory / str(step) / "run"))
-
-    def _parse(self, step: int, files: Mapping[str, bytes]) -> RunFiles:
-        try:
-            return RunFiles.from_files(files)
-        except (KeyError, ValueError) as error:
-            raise CheckpointDamaged(self._damaged(step, error)) from None
-
-    def _damaged(self, step: int, error: Exception | str) -> str:
-        return f"checkpoint {self.directory / str(step)} cannot be read ({_reason(error)})"
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         folder = self.directory / str(step)
@@ -294,9 +276,9 @@ class Checkpointer:
             try:
                 found = ocp.metadata(folder, part).metadata
             except Exception as error:
-                raise CheckpointDamaged(self._damaged(step, error)) from None
+                raise CheckpointDamaged(_damaged(folder, error)) from None
             if jax.tree.leaves(tree) and not jax.tree.leaves(found):
-                raise CheckpointDamaged(self._damaged(step, f"{part} holds no arrays"))
+                raise CheckpointDamaged(_damaged(folder, f"{part} holds no arrays"))
             differences = tree_differences(tree, found)
             if differences:
                 raise CheckpointMismatch(
@@ -312,7 +294,35 @@ class Checkpointer:
                 error
             ):
                 raise  # nothing is wrong with the files
-            raise CheckpointDamaged(self._damaged(step, error)) from None
+            raise CheckpointDamaged(_damaged(folder, error)) from None
+
+
+def steps_in(directory: Path) -> list[int]:
+    """The steps whose checkpoints are in a folder; touches neither Orbax nor devices.
+
+    Raises:
+      ConfigError: there is no such folder.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"no checkpoints at {directory}: train first, or check --workdir")
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def read_run_files(directory: Path, step: int) -> RunFiles:
+    """Config, loader state and tokenizer, without reading arrays; touches neither Orbax nor devices."""
+    folder = directory / str(step)
+    return _parse(folder, read_folder(folder / "run"))
+
+
+def _parse(folder: Path, files: Mapping[str, bytes]) -> RunFiles:
+    try:
+        return RunFiles.from_files(files)
+    except (KeyError, ValueError) as error:
+        raise CheckpointDamaged(_damaged(folder, error)) from None
+
+
+def _damaged(folder: Path, error: Exception | str) -> str:
+    return f"checkpoint {folder} cannot be read ({_reason(error)})"
 
 
 def _reason(error: BaseException | str) -> str:

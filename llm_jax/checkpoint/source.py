@@ -7,7 +7,8 @@ from typing import Any
 
 from flax import nnx
 
-from llm_jax.checkpoint.load import load_model, open_checkpoints
+from llm_jax.checkpoint.load import choose_checkpoint, load_model
+from llm_jax.checkpoint.manager import read_run_files
 from llm_jax.core.config import ConfigError, to_dict
 from llm_jax.models import hf_folder
 from llm_jax.sharding.rules import AxisRules, shardings_for
@@ -44,11 +45,10 @@ class Source:
         return cls(path, is_hf, step)
 
     def model_section(self) -> dict[str, Any]:
-        """The section `model` of the source, whole."""
+        """The section `model` of the source, whole; touches no devices."""
         if self.is_hf:
             return to_dict(hf_folder.load_config(self.path))
-        with open_checkpoints(self.path, self.step) as (checkpointer, step):
-            return checkpointer.run_files(step).config["model"]
+        return read_run_files(*choose_checkpoint(self.path, self.step)).config["model"]
 
     def load(self, run: RunConfig, plain: Plain, rules: AxisRules) -> Mapping[str, Any]:
         """The source's parameters, float32, a nested dict, in shares by these rules."""

@@ -153,11 +153,11 @@ def _muon(config, schedule, axes, mask):
 def muon_dimensions(path: tuple, axes: LogicalAxes) -> optax.contrib.MuonDimensionNumbers | None:
     """How Muon sees a parameter as a matrix from or to the embedding; None: not by Muon.
 
-    Embeddings, the head and routers map tokens or experts, not features, and stay with Adam (Jordan et
-    al. 2024). Every expert is a matrix of its own.
+    Embeddings, heads and routers map tokens, classes or experts, not features, and stay with Adam (Jordan et
+    al. 2024), as do the halves of a LoRA, whose rank has no name. Every expert is a matrix of its own.
     """
     names = axes.names
-    if not is_decayed(path, axes) or {"vocab", "position", "router"} & set(names):
+    if not is_decayed(path, axes) or {"vocab", "position", "router", "labels", None} & set(names):
         return None
     features = [i for i, name in enumerate(names) if name not in ("layers", "experts")]
     embed = tuple(i for i in features if names[i] in ("embed", "expert_embed"))

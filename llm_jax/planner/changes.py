@@ -18,16 +18,19 @@ from llm_jax.nn.remat import RematPolicy
 from llm_jax.planner.chips import chip_of
 from llm_jax.planner.compiled import CompiledStep, MeshAxis
 from llm_jax.planner.plan import LiveBuffer, Part
+from llm_jax.planner.source import in_stack
 from llm_jax.sharding.rules import DEFAULT_RULES, AxisRules, PipelineSchedule
 
 # From the policy that keeps most on the device to the one that keeps least.
 _POLICIES: tuple[RematPolicy, ...] = RematPolicy.__args__
 # Arrays that have a row for each row of the microbatch.
 _OF_TOKENS: frozenset[Part] = frozenset({"activations", "attention", "logits", "temporaries"})
-_STATE: frozenset[Part] = frozenset({"parameters", "optimizer", "gradients"})
+_STATE: frozenset[Part] = frozenset({"parameters", "frozen", "optimizer", "gradients"})
 # Arrays of the loss that have the head's vocabulary for a dimension.
 _OF_HEAD: frozenset[Part] = frozenset({"logits", "gradients", "collectives"})
 _LARGEST_FACTOR = 8
+# Models that refuse a mesh with context.
+_WHOLE_SEQUENCES = ("bert", "encoder_decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,18 @@ def changes_for(step: CompiledStep, buffers: Sequence[LiveBuffer]) -> list[Chang
 
 
 @dataclasses.dataclass(frozen=True)
+class _Layers:
+    """Of one stack on a device: so many that a piece passes through in one turn, with so many tokens of a row.
+
+    memory: tokens of a row that they attend to across, 0 without.
+    """
+
+    count: int
+    length: int
+    memory: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class _Pieces:
     """A microbatch in a pipeline: so many pieces of so many rows, that pass in so many turns."""
 
@@ -75,7 +90,7 @@ class _Run:
     """One run's sizes on one device. rows, length: of a microbatch.
 
     mesh: sizes of all axes; within: of their part within a slice, which is what a config names.
-    layers: of a device, that a piece passes through in one turn.
+    lengths: of all arrays of tokens; stacks: by the name of their module.
     """
 
     def __init__(self, step: CompiledStep, buffers: Sequence[LiveBuffer]):
@@ -89,11 +104,14 @@ class _Run:
         self.accumulate = self.sections["train"].get("accumulate_steps", 1)
         batch = next((a for a in step.arguments if a.path == "batch.tokens"), None)
         rows, self.length = batch.shard_shape if batch else (1, 1)
+        self.lengths = {
+            a.shard_shape[1] for a in step.arguments if a.kind == "batch" and a.shape[1:]
+        }
         self.rows = max(1, rows // self.accumulate)
         self.state = sum(a.bytes for a in step.arguments if a.kind == "parameter")
         self.stages = self.mesh.get("pipeline", 1)
         self.rounds = self.sections["mesh"].get("pipeline_rounds", 1)
-        self.layers = self.sections["model"].get("num_layers", 1) // (self.stages * self.rounds)
+        self.stacks = self._stacks(step)
         self.pieces = self._in_pieces(1)
         self.zero1 = self.sections["mesh"].get("rules") == "zero1"
         self.on_accelerator = step.target != "local" or step.device_kind.lower() not in ("", "cpu")
@@ -119,6 +137,8 @@ class _Run:
         """A device that holds one row at a time takes half of it: pairs share a row."""
         fsdp, context = self.within.get("fsdp", 1), self.within.get("context", 1)
         if self.rows > 1 or fsdp % 2 or self.length % 4:  # each half in two chunks
+            return
+        if self.sections["model"].get("name") in _WHOLE_SEQUENCES:
             return
         yield Change(
             f"mesh.fsdp={fsdp // 2} mesh.context={2 * context} "
@@ -149,7 +169,7 @@ class _Run:
 
     def weights(self) -> Iterator[Change]:
         """What ZeRO stage 1 keeps whole, in shares as its optimizer state."""
-        parts: frozenset[Part] = frozenset({"parameters", "gradients"})
+        parts: frozenset[Part] = frozenset({"parameters", "frozen", "gradients"})
         if self.zero1:
             yield Change(
                 "mesh.rules=default",
@@ -171,7 +191,7 @@ class _Run:
         split = (
             vocabulary,
             model.get("num_heads"),
-            model.get("num_kv_heads"),
+            model.get("num_kv_heads") or model.get("num_heads"),
             model.get("mlp_dim"),
         )
         if fsdp % 2 or not all(size and size % shares == 0 for size in split):
@@ -204,6 +224,11 @@ class _Run:
     def kernels(self) -> Iterator[Change]:
         """A kernel that never holds all scores of queries and keys."""
         kernel = self.sections["train"].get("attention_kernel")
+        biased = self.sections["model"].get("position") == "relative"
+        if (
+            biased or self.sections["objective"].get("name") == "prefix_lm"
+        ):  # no other kernel will do
+            return
         others = {"reference": "auto" if self.on_accelerator else "blockwise", "auto": "blockwise"}
         if kernel in others:
             yield Change(
@@ -236,24 +261,27 @@ class _Run:
 
     def _dropped(self, policy: RematPolicy) -> tuple[int, ...]:
         """Of each array the bytes that a policy does not keep, whatever else it does keep."""
-        layers, tokens = self.layers, self.pieces.turns * self.pieces.rows * self.length
         room = collections.Counter()
-        for elements in self._kept(policy):
-            room[elements] += layers
+        for name, stack in self.stacks.items():
+            for elements in self._kept(policy, stack):
+                room[name, elements] += stack.count
         saves = [0] * len(self.buffers)
         # Where attention's result is as wide as the block's input, the one from attention is that.
         for index, buffer in sorted(
             enumerate(self.buffers), key=lambda item: "attention" in item[1].module.split(".")
         ):
-            if buffer.part != "activations" or not buffer.module.startswith("stack"):
+            if buffer.part != "activations" or not in_stack(buffer.module):
                 continue
             stacked = self._is_stacked(buffer)
             if self.stages > 1 and not stacked:  # what stands between the stages, not in the layers
                 continue
-            depth = layers if stacked else 1
+            name = buffer.module.partition(".")[0]
+            stack = self.stacks.get(name, _Layers(1, self.length))
+            depth = stack.count if stacked else 1
+            tokens = self.pieces.turns * self.pieces.rows * stack.length
             elements = math.prod(buffer.shape) / depth / tokens
-            if room[elements] >= depth:
-                room[elements] -= depth
+            if room[name, elements] >= depth:
+                room[name, elements] -= depth
             else:
                 saves[index] = buffer.bytes
         return tuple(saves)
@@ -278,8 +306,21 @@ class _Run:
 
     def _is_stacked(self, buffer: LiveBuffer) -> bool:
         """Whether it holds something of all layers of a device; in a pipeline, of all turns."""
-        stack = (self.layers,) if self.stages == 1 else (self.pieces.turns, self.layers)
+        of = self.stacks.get(buffer.module.partition(".")[0]) or next(iter(self.stacks.values()))
+        stack = (of.count,) if self.stages == 1 else (self.pieces.turns, of.count)
         return buffer.shape[: len(stack)] == stack
+
+    def _stacks(self, step: CompiledStep) -> dict[str, _Layers]:
+        model = self.sections["model"]
+        layers = model.get("num_layers", 1) // (self.stages * self.rounds)
+        source = next((a for a in step.arguments if a.path == "batch.encoder_tokens"), None)
+        if source is None:
+            return {"stack": _Layers(layers, self.length)}
+        memory, decoder = source.shard_shape[1], model.get("num_decoder_layers") or layers
+        return {
+            "encoder": _Layers(layers, memory),
+            "decoder": _Layers(decoder, self.length, memory),
+        }
 
     def _shares_of_embed(self, sharding: str | None = None) -> int:
         """Into how many a weight's embed dimension is cut, by axes that do not cut another of it."""
@@ -289,10 +330,11 @@ class _Run:
     def _per_token(self) -> dict[str, float]:
         """Elements per token of a layer's arrays; empty where the family's sizes are not known."""
         model, tensor = self.sections["model"], self.mesh.get("tensor", 1)
-        needed = ("embed_dim", "num_heads", "num_kv_heads", "head_dim")
-        if any(model.get(name) is None for name in needed):
+        embed, heads = model.get("embed_dim"), model.get("num_heads")
+        if embed is None or heads is None:
             return {}
-        embed, heads, kv_heads, size = (model[name] for name in needed)
+        kv_heads = model.get("num_kv_heads") or heads
+        size = model.get("head_dim") or embed // heads
         wide = (model.get("mlp_dim") or 0) / tensor
         residual = embed
         if self.sections["mesh"].get("rules") == "sequence":
@@ -302,11 +344,15 @@ class _Run:
             "keys": kv_heads * size / tensor, "out": embed, "wide": wide,
         }  # fmt: skip
 
-    def _kept(self, policy: RematPolicy) -> list[float]:
+    def _kept(self, policy: RematPolicy, stack: _Layers) -> list[float]:
         """Elements per token of each array of a layer that stays on the device; see nn/remat.py."""
         one = self._per_token()
         attention = [one["query"], one["heads"]]
         narrow = [one["query"], one["keys"], one["keys"], one["out"]]
+        if stack.memory:
+            attention += [one["query"]]
+            narrow += [one["query"], one["out"]]
+            narrow += [one["keys"] * stack.memory / stack.length] * 2
         wide = [one["wide"]] * (2 if self.sections["model"].get("gated") else 1)
         more: dict[str, list[float]] = {
             "full": [],
@@ -332,9 +378,9 @@ class _Run:
             in_pieces = (self.pieces.count, self.pieces.rows) in itertools.pairwise(buffer.shape)
             if in_pieces or self._is_stacked(buffer):
                 return True
-        tokens = self.rows * self.length
-        rows = self.rows if self.rows > 1 else self.length
-        return rows in buffer.shape or tokens in buffer.shape
+        lengths = self.lengths | {self.length}
+        rows = {self.rows} if self.rows > 1 else lengths
+        return not (rows | {self.rows * length for length in lengths}).isdisjoint(buffer.shape)
 
     def _is_state(self, buffer: LiveBuffer, parts: frozenset[Part]) -> bool:
         shape, embed = buffer.logical_shape, self.sections["model"].get("embed_dim")

@@ -96,7 +96,8 @@ class Namer:
             if name in by_name
         }
         self.parameters = {a.path: a for a in step.arguments if a.kind == "parameter"}
-        self._by_shape = _by_shape(self.parameters.values())
+        self.frozen = {a.path: a for a in step.arguments if a.kind == "extra"}
+        self._by_shape = _by_shape([*self.parameters.values(), *self.frozen.values()])
         self._known: dict[tuple[str, str], tuple[Served, ...]] = {}
 
     def named(self, exchange: Exchange) -> Exchange:
@@ -176,7 +177,7 @@ class Namer:
         origins = self.graph.origins(operand)
         sources = [self.arguments[n] for n in sorted(origins.arguments) if n in self.arguments]
         kinds = {source.kind for source in sources}
-        if kinds == {"parameter"} and not origins.computed:
+        if kinds and kinds <= {"parameter", "extra"} and not origins.computed:
             argument = sources[0] if len(sources) == 1 else None
             return make("+".join(s.path for s in sources[:2]), "parameter", argument)
         updated = self._updated(number, place)
@@ -190,9 +191,12 @@ class Namer:
             )
         if kinds and kinds <= {"batch", "other"} and not origins.computed:
             return make("+".join(s.path for s in sources[:2]), "activation")
-        guessed = self._by_shape.get(_dimensions(shape))
-        if guessed is not None and kind in _REDUCES and _sums_weights(op_name):
-            return make(guessed.path, "gradient", guessed)
+        guessed = self._by_shape.get(_dimensions(shape), ())
+        # What is frozen has no update: a transform makes the gradients of other parameters from its own.
+        certain = len(guessed) == 1 or {one.kind for one in guessed} == {"extra"}
+        if certain and kind in _REDUCES and _sums_weights(op_name):
+            name = "+".join(one.path for one in guessed[:2])
+            return make(name, "gradient", guessed[0] if len(guessed) == 1 else None)
         return make(_module(op_name), "activation")
 
     def _updated(self, number: int, place: int) -> list[Argument]:
@@ -276,14 +280,14 @@ def _sums_weights(op_name: str) -> bool:
     return not einsums or not {"b", "t"} & set(einsums[-1])
 
 
-def _by_shape(parameters: Iterable[Argument]) -> Mapping[tuple[int, ...], Argument]:
-    """Parameters by the dimensions of one layer, of all, or of a share, where only one has them."""
+def _by_shape(parameters: Iterable[Argument]) -> Mapping[tuple[int, ...], Sequence[Argument]]:
+    """Parameters by the dimensions of one layer, of all, or of a share."""
     found: dict[tuple[int, ...], dict[str, Argument]] = collections.defaultdict(dict)
     for one in parameters:
         for shape in (one.shape, one.shard_shape, one.shape[1:], one.shard_shape[1:]):
             if len(_dimensions(shape)) > 1:
                 found[_dimensions(shape)][one.path] = one
-    return {shape: next(iter(x.values())) for shape, x in found.items() if len(x) == 1}
+    return {shape: tuple(x.values()) for shape, x in found.items()}
 
 
 def _dimensions(shape: Sequence[int]) -> tuple[int, ...]:

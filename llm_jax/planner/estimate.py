@@ -16,6 +16,7 @@ from llm_jax.planner.footprint import footprint
 from llm_jax.planner.pace import pace
 from llm_jax.planner.placement import place
 from llm_jax.planner.plan import Finding, Plan
+from llm_jax.planner.stacks import is_known
 from llm_jax.planner.topology import Target
 from llm_jax.planner.words import excess, size
 from llm_jax.training.config import RunConfig, resolve
@@ -38,7 +39,7 @@ def estimate(
       ConfigError: the run cannot be sharded over the target, its model is no transformer, or the
         target is "local".
     """
-    if not hasattr(run.model, "transformer"):
+    if not is_known(run.model):
         raise ConfigError(f"config.model.name {run.model.name!r}: estimates know transformers only")
     if target.chip is None:
         raise ConfigError(f"topology {target.name!r}: devices that are there are compiled for")

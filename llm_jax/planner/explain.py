@@ -68,7 +68,7 @@ def check_state(program: Program) -> None:
     needed = sum(one.bytes for one in state)
     if memory is None or needed <= memory:
         return
-    parameters = sum(one.bytes for one in state if one.kind == "parameter")
+    parameters = sum(one.bytes for one in state if one.kind in ("parameter", "extra"))
     raise RunError(
         f"out of device memory: the state takes {words.gib(needed)} GiB of the {words.gib(memory)} of "
         f"a device, {words.gib(parameters)} of them parameters; share it among more devices with "

@@ -17,6 +17,7 @@ from llm_jax.nn.losses import CHUNK_BYTES, MIN_CHUNK_TOKENS
 from llm_jax.nn.moe import MoeConfig
 from llm_jax.planner.placement import Placement
 from llm_jax.planner.plan import Memory, Part
+from llm_jax.planner.stacks import StackShape
 from llm_jax.training.config import RunConfig
 
 
@@ -27,7 +28,8 @@ class Block:
 
     query, keys: N * H, and K * H of keys and values each; mlp: F of each array [.., F], mlp_arrays of
     them; routed: what the experts of a token work with. statistics: float32 numbers that attention
-    keeps. scores: of the plain kernel, S per head; 0 of the others.
+    keeps. scores: of the plain kernel, S per head; 0 of the others. Of cross-attention: across is N * H,
+    0 without any, memory the keys and values of the other stack, and scores_across S per head.
     """
 
     residual: float
@@ -39,14 +41,18 @@ class Block:
     routed: float
     statistics: float
     scores: float
+    across: float = 0.0
+    memory: float = 0.0
+    scores_across: float = 0.0
 
     @classmethod
-    def of(cls, run: RunConfig, placement: Placement) -> "Block":
-        config = placement.transformer
+    def of(cls, run: RunConfig, placement: Placement, stack: StackShape) -> "Block":
+        config = stack.transformer
         attention, mlp = config.attention, config.mlp
         tensor = placement.shares("heads")
         heads = attention.num_heads / tensor
-        kernel = kernel_of(run, placement)
+        kernel = kernel_of(run, placement, stack)
+        keys = attention.num_kv_heads / placement.shares("kv_heads") * attention.head_dim
         is_mixture = isinstance(mlp, MoeConfig)
         width = (mlp.shared_dim or 0) if is_mixture else mlp.mlp_dim
         return cls(
@@ -55,12 +61,15 @@ class Block:
             / placement.shares("residual_length"),
             embed=config.embed_dim,
             query=heads * attention.head_dim,
-            keys=attention.num_kv_heads / placement.shares("kv_heads") * attention.head_dim,
+            keys=keys,
             mlp=width / placement.shares("mlp"),
             mlp_arrays=3 if mlp.gated else 2,
             routed=_routed(mlp, config.embed_dim, placement) if is_mixture else 0.0,
             statistics=heads if kernel in ("splash", "blockwise", "cudnn") else 0.0,
-            scores=heads * run.data.sequence_length if kernel == "reference" else 0.0,
+            scores=heads * stack.length if kernel == "reference" else 0.0,
+            across=heads * attention.head_dim if stack.memory else 0.0,
+            memory=2 * keys * stack.memory / stack.length,
+            scores_across=heads * stack.memory,
         )
 
     def kept(self, policy: str, size: int) -> float:
@@ -70,6 +79,8 @@ class Block:
         """
         # The product of the last matrix goes into the next layer's input, which is kept anyway.
         narrow = self.query + 2 * self.keys + self.embed
+        if self.across:
+            narrow += self.across + self.memory + self.embed
         products = narrow + self.mlp * (self.mlp_arrays - 1)
         attention = self.query * size + self.statistics * 4
         kept = {
@@ -83,28 +94,32 @@ class Block:
         if policy in kept:
             return kept[policy]
         everything = 3 * self.residual + products + self.query + 2 * self.keys + self.mlp
-        return (everything + self.routed + self.scores) * size + attention
+        everything += self.across + self.memory
+        scores = self.scores + self.scores_across if size == 4 else 0.0  # nn/kernels/reference.py
+        return (everything + self.routed + scores) * size + attention
 
     def at_work(self, size: int) -> float:
         """Bytes per token of a layer in its backward pass."""
         arrays = 2 * self.residual + 2 * self.embed + 2 * self.query + 2 * self.keys
-        arrays += self.mlp * self.mlp_arrays + 3 * self.routed
-        return arrays * size + 3 * self.scores * 4
+        arrays += self.mlp * self.mlp_arrays + 3 * self.routed + 2 * (self.across + self.memory)
+        return arrays * size + 3 * max(self.scores, self.scores_across) * 4
 
 
-def kernel_of(run: RunConfig, placement: Placement) -> str:
-    """The attention kernel that training takes there.
+def kernel_of(run: RunConfig, placement: Placement, stack: StackShape) -> str:
+    """The kernel of self-attention that training takes there.
 
     Raises:
       ConfigError: one was asked for that cannot run.
     """
-    attention = placement.transformer.attention
+    attention = stack.transformer.attention
+    if stack.is_plain:
+        return "reference"
     try:
         return choose(
             run.train.attention_kernel,
             placement.target.chip.kind,
             attention.spec,
-            length=run.data.sequence_length,
+            length=stack.length,
             head_dim=attention.head_dim,
             num_heads=attention.num_heads,
             num_kv_heads=attention.num_kv_heads,
@@ -124,10 +139,10 @@ def _routed(mlp: MoeConfig, embed_dim: int, placement: Placement) -> float:
     return factor * mlp.experts_per_token * (2 * embed_dim + hidden)
 
 
-def tokens_at_once(run: RunConfig, placement: Placement) -> float:
-    """Tokens of a microbatch on one device; with a pipeline, the mean over its stages."""
-    rows = run.train.microbatch_size / placement.shares("batch")
-    return rows * run.data.sequence_length / placement.shares("length")
+def tokens_at_once(run: RunConfig, placement: Placement, length: int) -> float:
+    """Of a microbatch on one device, with so many of a row; with a pipeline, the mean over its stages."""
+    rows = placement.copies * run.train.microbatch_size / placement.shares("batch")
+    return rows * length / placement.shares("length")
 
 
 def element_size(run: RunConfig) -> int:
@@ -137,24 +152,31 @@ def element_size(run: RunConfig) -> int:
 def footprint(run: RunConfig, placement: Placement) -> Memory:
     """The peak, part by part, without buffers or timeline."""
     target, size = placement.target, element_size(run)
-    block, tokens = Block.of(run, placement), tokens_at_once(run, placement)
-    depth = placement.transformer.num_layers
     state = {
-        "parameters": sum(weight.share for weight in placement.weights),
+        "parameters": sum(weight.share for weight in placement.weights if not weight.frozen),
+        "frozen": sum(weight.share for weight in placement.weights if weight.frozen),
         "optimizer": placement.optimizer_bytes,
         "batch": placement.batch_bytes,
     }
     gradients = _gradient_bytes(run, placement)
-    kept = tokens * depth * placement.turns_per_item * block.kept(run.model.remat, size)
+    kept = at_work = 0.0
+    for stack in placement.stacks:
+        block, tokens = (
+            Block.of(run, placement, stack),
+            tokens_at_once(run, placement, stack.length),
+        )
+        layers = stack.transformer.num_layers * placement.turns_per_item
+        kept += tokens * layers * block.kept(run.model.remat, size)
+        at_work = max(at_work, tokens * block.at_work(size))
     layer = {
         "gradients": gradients,
-        "activations": kept + tokens * block.at_work(size),
+        "activations": kept + at_work,
         "collectives": _gathered_bytes(run, placement),
         "temporaries": _cast_bytes(placement, size),
     }
     moments = (
         layer,
-        {"gradients": gradients, "activations": kept, **_loss_bytes(run, placement, tokens)},
+        {"gradients": gradients, "activations": kept, **_loss_bytes(run, placement)},
         {"gradients": gradients, "collectives": _embedding_bytes(placement)},
     )
     parts: dict[Part, int] = {
@@ -167,9 +189,9 @@ def footprint(run: RunConfig, placement: Placement) -> Memory:
 
 def _gradient_bytes(run: RunConfig, placement: Placement) -> float:
     """float32 as the parameters lie; twice where microbatches add up. A pipeline's stages add up whole."""
-    shares = sum(weight.share for weight in placement.weights)
+    shares = sum(weight.share * weight.trained for weight in placement.weights)
     if placement.shares("stage") > 1:
-        shares += sum(4 * w.work * w.layers for w in placement.weights if w.stacked)
+        shares += sum(4 * w.work * w.layers * w.trained for w in placement.weights if w.stacked)
     return shares * (2 if run.train.accumulate_steps > 1 else 1)
 
 
@@ -186,20 +208,22 @@ def _cast_bytes(placement: Placement, size: int) -> float:
     """The shares of all layers in the compute dtype, which leave the loop over layers."""
     if size == 4:
         return 0.0
-    layers = (w for w in placement.weights if w.stacked and w.kind != "small")
+    # What a transform puts together is put together in each layer.
+    layers = (w for w in placement.weights if w.stacked and w.kind != "small" and not w.frozen)
     return sum(weight.share * size / 4 for weight in layers)
 
 
-def _loss_bytes(run: RunConfig, placement: Placement, tokens: float) -> dict[Part, float]:
+def _loss_bytes(run: RunConfig, placement: Placement) -> dict[Part, float]:
     """Logits and their gradient of a chunk, as nn/head_loss.py cuts them; the head whole, twice."""
     head = placement.head
     if head is None:
         return {}
-    size, embed = element_size(run), placement.transformer.embed_dim
+    size, embed = element_size(run), placement.stacks[-1].transformer.embed_dim
+    tokens = tokens_at_once(run, placement, placement.head_length)
     vocab = head.work / embed
     chunk = min(tokens * vocab * 4, max(CHUNK_BYTES, MIN_CHUNK_TOKENS * vocab * 4))
     return {
-        "logits": chunk * (1 + size / 4) + 4 * head.work,
+        "logits": chunk * (1 + size / 4) + 4 * head.work * (head.trained > 0),
         "collectives": size * head.work,
         "temporaries": 2 * tokens * embed * size,
     }
@@ -207,4 +231,4 @@ def _loss_bytes(run: RunConfig, placement: Placement, tokens: float) -> dict[Par
 
 def _embedding_bytes(placement: Placement) -> float:
     tables = [w for w in placement.weights if w.kind == "embedding"]
-    return sum(2 * 4 * weight.work for weight in tables if weight.gathered_over)
+    return sum(4 * weight.work * (1 + weight.trained) for weight in tables if weight.gathered_over)

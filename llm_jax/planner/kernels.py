@@ -26,6 +26,7 @@ from typing import Any
 from llm_jax.planner.chips import Chip
 from llm_jax.planner.hlo_text import Instruction
 from llm_jax.planner.plan import Kind
+from llm_jax.planner.source import module_of
 
 _VECTOR = 8 * 128  # elements of a vector register
 _LANES = 128
@@ -48,22 +49,34 @@ _BUNDLES: Mapping[tuple[int, str], _Bundles] = {
     (256, "dq"): _Bundles(4.02, 72, 1.3),
     (256, "dkv"): _Bundles(4.74, 161, 2.6),
 }
+# Models whose tokens do not see later ones; but for those in a module "encoder".
+_CAUSAL = ("gpt", "encoder_decoder")
 # Matrix products over each block of scores: with queries and keys, and for each result.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees by its position: none after it, and of those before it a window."""
+    """Which keys a query sees by its position: none after it, and of those before it a window.
+
+    mixed: some layers have the window and others none.
+    """
 
     causal: bool
     window: int | None
+    mixed: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Mask":
-        """Of a resolved run; an objective that is not known to be causal sees all."""
-        causal = config.get("objective", {}).get("name") == "causal_lm"
-        return cls(causal, config.get("model", {}).get("attention_window"))
+        """Of a resolved run; a model that is not known to be causal sees all."""
+        model = config.get("model", {})
+        causal = model.get("name") in _CAUSAL
+        return cls(causal, model.get("attention_window"), model.get("global_every") is not None)
+
+    def at(self, op_name: str, *, is_windowed: bool) -> "Mask":
+        """Of the layers that an instruction belongs to. is_windowed: counts where layers are mixed."""
+        window = self.window if is_windowed or not self.mixed else None
+        return Mask(self.causal and "encoder" not in module_of(op_name).split("."), window)
 
     def blocks(self, length: int, query: int, key: int) -> int:
         """Blocks of scores with a visible one, of `length` queries and keys."""
@@ -108,6 +121,9 @@ def kernel_cost(
     if "fmha" in one.target:
         rows, scored = _attended(shapes)
         products = 5 if "Backward" in one.target else 2
+        window = re.search(r'"sliding_window_length":"?(\d+)', one.attributes.replace(" ", ""))
+        is_windowed = window is not None and int(window[1]) > 0
+        mask = mask.at(one.op_name, is_windowed=is_windowed)
         share = mask.blocks(scored, _LANES, _LANES) / (-(-scored // _LANES)) ** 2
         return KernelCost("attention", 2 * products * rows * scored * share, moved, None)
     return _stated(one, moved, chip, 1.0)
@@ -147,6 +163,9 @@ def _splash(
     heads, (length, head_dim), keys = math.prod(query[:-2]), query[-2:], key[-2]
     grid = next((shape for dtype, shape in shapes if len(shape) == 3), (1, 1, 1))
     block_query, block_key = _block_sizes(one, part, length, keys, grid)
+    # A table of blocks is as wide as the longest row of visible ones: less than all only with a window.
+    is_windowed = math.prod(grid[-2:]) < (length // block_query) * (keys // block_key)
+    mask = mask.at(one.op_name, is_windowed=is_windowed)
     visited = mask.blocks(keys, block_query, block_key) * length / keys
     scores = heads * visited * block_query * block_key
     flops = 2.0 * _PRODUCTS[part] * scores * head_dim

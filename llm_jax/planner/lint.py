@@ -31,7 +31,7 @@ from llm_jax.planner.compiled import Argument, CompiledStep
 from llm_jax.planner.hlo_text import Instruction, array_bytes
 from llm_jax.planner.memory import head_shapes, vocabulary_sizes
 from llm_jax.planner.plan import Exchange, Finding, Roofline
-from llm_jax.planner.source import module_of
+from llm_jax.planner.source import in_stack, module_of
 from llm_jax.sharding.rules import DEFAULT_RULES
 
 MIB = 2**20
@@ -41,6 +41,7 @@ WORTH_A_WORD = MIB
 # Forward, rematerialized and backward, and one that the compiler may add to save memory. A mixture of
 # experts has code for further rounds of its exchange, which seldom runs.
 MOST_GATHERS, MOST_GATHERS_OF_MIXTURE = 4, 8
+_WEIGHTS = ("parameter", "extra")
 _SHARING = ("fsdp", "expert", "context", "tensor")
 # Primitives by which code asks for communication: the partitioner names its own after other ones.
 _EXPLICIT = {"all_gather", "all_to_all", "ppermute", "psum", "psum2", "psum_invariant", "pmax",
@@ -89,7 +90,7 @@ class _Facts:
     @functools.cached_property
     def weights(self) -> frozenset[tuple[int, ...]]:
         """Shapes of parameters, in order of size."""
-        whole = (a.shape for a in self.step.arguments if a.kind == "parameter")
+        whole = (a.shape for a in self.step.arguments if a.kind in _WEIGHTS)
         return head_shapes(self.step) | {tuple(sorted(shape)) for shape in whole}
 
     def setting(self, section: str, key: str, default: Any) -> Any:
@@ -166,7 +167,7 @@ def _replicated(facts: _Facts) -> Iterator[Finding]:
     """Large parameters that are whole over mesh axes that could hold them in shares."""
     asked = ("fsdp", "expert", "context") if facts.setting("mesh", "rules", "") == "zero1" else ()
     for argument in facts.step.arguments:
-        if argument.kind != "parameter" or argument.bytes < LARGE_PARAMETER:
+        if argument.kind not in _WEIGHTS or argument.bytes < LARGE_PARAMETER:
             continue
         used = {axis for axes in argument.spec for axis in axes}
         free = [
@@ -315,7 +316,7 @@ def _is_logits(
     ids = vocabulary_sizes(facts.step).intersection(shape)
     if not ids or dtype not in ("f32", "bf16", "f16") or math.prod(shape) // min(ids) < tokens:
         return False
-    if module_of(one.op_name).split(".")[0] == "stack":  # as many tokens or features as words
+    if in_stack(module_of(one.op_name)):  # as many tokens or features as words
         return False
     sides = {tuple(sorted(n for n in shape if n > 1)), tuple(sorted((min(ids), tokens)))}
     # As many tokens as the model is wide: only the einsum tells logits from the head's weights.

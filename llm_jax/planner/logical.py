@@ -82,12 +82,12 @@ def _dimensions(step: CompiledStep) -> list[_Dimension]:
         return [dimension(size, name)] if isinstance(size, int) else []
 
     rows = train.get("batch_size", 0) // train.get("accumulate_steps", 1)
-    length = data.get("sequence_length", 0)
+    lengths = _lengths(step) or [data.get("sequence_length", 0)]
     return [
         *of_model("num_layers", "layers"),
         dimension(rows, "batch"),
-        dimension(length, "length"),
-        dimension(rows * length, "batch", "length"),
+        *(dimension(length, "length") for length in lengths),
+        *(dimension(rows * length, "batch", "length") for length in lengths),
         *of_model("num_heads", "heads"),
         *of_model("num_kv_heads", "kv_heads"),
         *of_model("embed_dim", "activation_embed"),
@@ -95,6 +95,12 @@ def _dimensions(step: CompiledStep) -> list[_Dimension]:
         *of_model("vocab_size", "vocab"),
         *of_model("head_dim", "head_dim"),
     ]
+
+
+def _lengths(step: CompiledStep) -> list[int]:
+    """Of the arrays of a batch, the longest first: of tokens, of an encoder's, of predicted ones."""
+    batch = (a.shape for a in step.arguments if a.kind == "batch" and len(a.shape) > 1)
+    return sorted({shape[1] for shape in batch}, reverse=True)
 
 
 def _axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:

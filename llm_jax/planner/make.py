@@ -90,7 +90,11 @@ def _with_lines(memory: Memory, namer: Namer) -> Memory:
     arguments = {argument.name: argument for argument in namer.step.arguments}
     buffers = []
     for buffer in memory.buffers:
-        argument = arguments.get(buffer.op_name) or namer.parameters.get(f"params.{buffer.module}")
+        argument = (
+            arguments.get(buffer.op_name)
+            or namer.parameters.get(f"params.{buffer.module}")
+            or namer.frozen.get(f"extra.{buffer.module}")
+        )
         if not buffer.source and argument is not None:
             buffer = dataclasses.replace(buffer, source=namer.source_of(argument))
         buffers.append(buffer)

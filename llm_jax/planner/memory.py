@@ -29,12 +29,12 @@ from llm_jax.planner.buffers import Allocation, Layout, Value, parse_layout
 from llm_jax.planner.compiled import Argument, CompiledStep
 from llm_jax.planner.makers import Maker, Makers
 from llm_jax.planner.plan import LiveBuffer, Memory, Part
-from llm_jax.planner.source import direction_of
+from llm_jax.planner.source import direction_of, in_stack
 
 _PARTS: tuple[Part, ...] = Part.__args__
 _OF_KIND: Mapping[str, Part] = {
     "parameter": "parameters",
-    "extra": "parameters",
+    "extra": "frozen",
     "optimizer": "optimizer",
     "batch": "batch",
     "other": "optimizer",
@@ -160,7 +160,7 @@ class _Program:
         of_tokens = product is not None and not set(product).isdisjoint("bts")
         of_parameter = maker.parameter is not None or bool(self._shapes.like(value.shape))
         is_weight = of_parameter and not of_tokens
-        has_words = self._shapes.has_vocabulary(value.shape) and module[0] != "stack"
+        has_words = self._shapes.has_vocabulary(value.shape) and not in_stack(maker.module)
         if has_words and maker.parameter is None:
             by_chance = is_weight and product is None and self._shapes.is_whole_head(value.shape)
             scope = module[0] in ("loss", "head") and not maker.collective
@@ -226,7 +226,8 @@ class _Shapes:
     """Which arrays have the shape of a parameter, and which hold the vocabulary."""
 
     def __init__(self, step: CompiledStep):
-        layers = step.config.get("model", {}).get("num_layers")
+        period = step.config.get("model", {}).get("global_every") or 1
+        trained = _trained_layers(step.arguments)
         sizes = {axis.name: axis.size for axis in step.mesh}
         self._shares: dict[tuple[int, ...], list[tuple[tuple[int, ...], Argument]]] = {}
         self._vocabulary, self._heads = vocabulary_sizes(step), head_shapes(step)
@@ -235,7 +236,7 @@ class _Shapes:
             if argument.kind not in ("parameter", "extra"):
                 continue
             self._named[_path(argument)] = argument
-            for shape in _shares(argument, sizes, layers):
+            for shape in _shares(argument, sizes, period, trained.get(_path(argument))):
                 self._shares.setdefault(_plain(shape), []).append((_squeezed(shape), argument))
 
     def like(self, shape: tuple[int, ...], module: str = "") -> list[Argument]:
@@ -260,20 +261,38 @@ class _Shapes:
 
 
 def _path(argument: Argument) -> str:
-    return argument.path.removeprefix("params.")
+    return argument.path.removeprefix("params.").removeprefix("extra.")
 
 
 def _common(paths: Sequence[str]) -> str:
-    """The path that all begin with, in whole names."""
-    levels = zip(*(path.split(".") for path in paths), strict=False)
-    same = itertools.takewhile(lambda names: len(set(names)) == 1, levels)
-    return ".".join(names[0] for names in same)
+    """The path that all begin with, in whole names; of two stacks alike "*.layers.mlp"."""
+    levels = list(zip(*(path.split(".") for path in paths), strict=False))
+    is_same = lambda names: len(set(names)) == 1  # noqa: E731
+    same = [names[0] for names in itertools.takewhile(is_same, levels)]
+    if levels and not same:
+        same = ["*", *(names[0] for names in itertools.takewhile(is_same, levels[1:]))]
+    return ".".join(same) if same != ["*"] else ""
+
+
+def _trained_layers(arguments: Sequence[Argument]) -> dict[str, int]:
+    """How many layers of each stacked parameter are trained, by what the optimizer keeps of it."""
+    stacked = {_path(a): a for a in arguments if a.kind == "parameter" and ".layers." in a.path}
+    kept = [a for a in arguments if a.kind == "optimizer"]
+    return {
+        path: moment.shape[0]
+        for path, one in stacked.items()
+        for moment in kept
+        if moment.path.endswith(f".{path}") and moment.shape[1:] == one.shape[1:] != ()
+    }
 
 
 def _shares(
-    argument: Argument, sizes: Mapping[str, int], layers: int | None
+    argument: Argument, sizes: Mapping[str, int], period: int, trained: int | None
 ) -> Iterable[tuple[int, ...]]:
-    """Shapes that an array of a parameter takes while it is gathered or reduced; no vectors."""
+    """Shapes that an array of a parameter takes while it is gathered or reduced; no vectors.
+
+    period: of layers in one turn of their loop; trained: how many are, None for all.
+    """
     choices = []
     for size, axes in zip(argument.shape, argument.spec, strict=True):
         parts = {1}
@@ -281,8 +300,13 @@ def _shares(
             parts |= {part * sizes.get(axis, 1) for part in parts}
         choices.append({size // part for part in parts})
     for shape in itertools.product(*choices):
-        one_layer = shape[1:] if argument.shape[0] == layers else ()
-        yield from (s for s in (shape, one_layer) if len(_plain(s)) > 1)
+        found = [shape]
+        if ".layers." in argument.path:
+            layers, *one = shape
+            found += [one, *((n, *one) for n in {trained} - {None, layers})]
+            if period > 1:
+                found += [(period, *one), (layers // period, period, *one)]
+        yield from (tuple(s) for s in found if len(_plain(s)) > 1)
 
 
 def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:

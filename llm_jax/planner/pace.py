@@ -25,6 +25,7 @@ from llm_jax.planner.links import Crossing
 from llm_jax.planner.links import seconds as link_seconds
 from llm_jax.planner.placement import Placement, Weight
 from llm_jax.planner.plan import Roofline
+from llm_jax.planner.stacks import StackShape
 from llm_jax.training.config import RunConfig
 from llm_jax.training.speed import flops_per_token
 
@@ -44,6 +45,8 @@ _PRODUCTS_AGAIN = ("attention", "full", "offload")
 _ATTENTION_AGAIN = ("dots", "full", "offload")
 # Of attention's forward FLOPs: two kernels in the backward pass, with 3 and 4 products to the forward's 2.
 _ATTENTION_BACKWARD = 3.5
+# And 5 products in the plain one (nn/kernels/reference.py).
+_PLAIN_BACKWARD = 2.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,39 +96,59 @@ def pace(run: RunConfig, placement: Placement) -> Roofline | None:
     )
 
 
-def _tokens_of_chip(run: RunConfig, placement: Placement) -> float:
-    """Tokens of a step that a chip's devices work on; shares of "tensor" work on the same ones."""
-    once = tokens_at_once(run, placement) * run.train.accumulate_steps
+def _tokens_of_chip(run: RunConfig, placement: Placement, length: int) -> float:
+    """Tokens of a step that a chip's devices work on, with so many of a row.
+
+    Shares of "tensor" work on the same ones.
+    """
+    once = tokens_at_once(run, placement, length) * run.train.accumulate_steps
     return once * placement.target.devices_per_chip
 
 
 def _compute_seconds(run: RunConfig, placement: Placement, chip: Chip) -> tuple[float, float]:
     """(FLOPs of a step on a chip, their seconds)."""
-    config = placement.transformer
-    tokens = _tokens_of_chip(run, placement)
     # A stage runs its share of the layers on the tokens of all stages, in every turn.
     in_layers = placement.turns_per_item * placement.shares("stage")
     matmul = 0.0
     for weight in placement.weights:
+        tokens = _tokens_of_chip(run, placement, weight.length)
         flops = 2 * tokens * weight.layers * weight.work
         if weight is placement.head:
-            matmul += 3 * flops
+            matmul += weight.passes * flops
         elif weight.kind == "block":
-            matmul += (3 + _is_again(weight, run.model.remat)) * flops * in_layers
+            again = weight.stacked and _is_again(weight, run.model.remat)
+            matmul += (weight.passes + again) * flops * in_layers
         elif weight.kind == "expert":
-            chosen = (
-                config.mlp.experts_per_token / config.mlp.num_experts * placement.shares("experts")
-            )
-            matmul += (3 + _is_again(weight, run.model.remat)) * flops * in_layers * chosen
-    spec, length = config.attention.spec, run.data.sequence_length
-    seen = keys_seen(length, spec.window, spec.causal)
-    heads = config.attention.num_heads / placement.shares("heads")
-    attention = 4 * heads * config.attention.head_dim * seen * config.num_layers
-    passes = 1 + _ATTENTION_BACKWARD + (run.model.remat in _ATTENTION_AGAIN)
-    attention *= tokens * placement.turns_per_item * passes
-    filled = min(1.0, config.attention.head_dim / (chip.mxu or 1))
+            mlp = placement.stacks[0].transformer.mlp
+            chosen = mlp.experts_per_token / mlp.num_experts * placement.shares("experts")
+            again = _is_again(weight, run.model.remat)
+            matmul += (weight.passes + again) * flops * in_layers * chosen
+    attention = 0.0
+    for stack in placement.stacks:
+        tokens = _tokens_of_chip(run, placement, stack.length)
+        config = stack.transformer.attention
+        heads = config.num_heads / placement.shares("heads")
+        backward = _PLAIN_BACKWARD if stack.is_plain else _ATTENTION_BACKWARD
+        passes = 1 + backward + (run.model.remat in _ATTENTION_AGAIN)
+        scores = 4 * heads * config.head_dim * _keys_of_layers(stack)
+        attention += scores * tokens * placement.turns_per_item * passes
+    filled = min(1.0, config.head_dim / (chip.mxu or 1))
     seconds = matmul / MATMUL_EFFICIENCY + attention / (ATTENTION_EFFICIENCY * filled)
     return matmul + attention, seconds / matmul_flops(chip, run.train.compute_dtype)
+
+
+def _keys_of_layers(stack: StackShape) -> float:
+    """Keys that a token meets in all layers of a stack. The plain kernel computes those it hides, too."""
+    config, length = stack.transformer, stack.length
+    if stack.is_plain:
+        return config.num_layers * (length + stack.memory)
+    whole = config.num_layers // config.period if config.local else 0
+    seen = [keys_seen(length, spec.window, spec.causal) for spec, _ in config.kinds]
+    return (
+        (config.num_layers - whole) * seen[0]
+        + whole * seen[-1]
+        + (config.num_layers * stack.memory)
+    )
 
 
 def _is_again(weight: Weight, policy: str) -> bool:
@@ -143,36 +166,44 @@ def _is_again(weight: Weight, policy: str) -> bool:
 def _memory_seconds(run: RunConfig, placement: Placement, chip: Chip) -> float:
     """What lies between products, as far as it is not fused into them; weights, state, logits."""
     size, steps = element_size(run), run.train.accumulate_steps
-    block, tokens = Block.of(run, placement), _tokens_of_chip(run, placement)
-    depth = placement.transformer.num_layers * placement.turns_per_item
-    # What is kept is put into stacks of all layers and taken out of them, twice each.
-    activations = 6 * block.at_work(size) + 4 * block.kept(run.model.remat, size)
-    weights = state = 0.0
+    activations = weights = state = 0.0
+    for stack in placement.stacks:
+        block, tokens = (
+            Block.of(run, placement, stack),
+            _tokens_of_chip(run, placement, stack.length),
+        )
+        depth = stack.transformer.num_layers * placement.turns_per_item
+        # What is kept is put into stacks of all layers and taken out of them, twice each.
+        moved = 6 * block.at_work(size) + 4 * block.kept(run.model.remat, size)
+        activations += tokens * depth * moved
+    embed = stack.transformer.embed_dim
     # A pipeline's stage reads its layers and adds to their gradients in every turn.
     runs = steps * placement.turns / run.mesh.pipeline_rounds
     for weight in placement.weights:
         moved = weight.layers * weight.work * (3 * size + 2 * 4)
         weights += moved * (runs if weight.stacked else steps)
-        state += 4 * weight.share
+        state += 4 * weight.share * weight.trained
         if weight is placement.head:
-            activations += 4 * 4 * weight.work / placement.transformer.embed_dim / depth
+            predicted = _tokens_of_chip(run, placement, placement.head_length)
+            activations += predicted * 4 * 4 * weight.work / embed
     if placement.turns > 1:
         # And the arrays of all its microbatches, going in and coming out, once in each pass.
-        whole = tokens / steps * placement.shares("stage") * placement.transformer.embed_dim * size
+        whole = tokens / steps * placement.shares("stage") * embed * size
         weights += runs * 3 * 2 * 2 * whole
     devices = placement.target.devices_per_chip
     state += 2 * placement.optimizer_bytes
-    total = tokens * depth * activations + devices * (weights + state)
+    total = activations + devices * (weights + state)
     return total / chip.hbm_bytes_per_second
 
 
 def _sorting_seconds(run: RunConfig, placement: Placement, chip: Chip) -> float:
     """Of what surrounds the exchanges of a mixture's rows, whole buffers of them."""
-    config, experts = placement.transformer, placement.transformer.mlp
+    stack = placement.stacks[0]
+    config, experts = stack.transformer, stack.transformer.mlp
     if not isinstance(experts, MoeConfig) or not placement.held["experts"]:
         return 0.0
     factor = experts.capacity_factor or experts.round_factor
-    rows = _tokens_of_chip(run, placement) * experts.experts_per_token * factor
+    rows = _tokens_of_chip(run, placement, stack.length) * experts.experts_per_token * factor
     moved = rows * config.embed_dim * element_size(run) * _row_exchanges(run)
     moved *= config.num_layers * placement.turns_per_item
     if chip.kind == "tpu" and chip.vector_flops:
@@ -189,7 +220,8 @@ def exchanges(run: RunConfig, placement: Placement, compute_seconds: float) -> I
     """The collectives of a step."""
     yield from _weights_exchanged(run, placement, compute_seconds)
     yield from _gradients_of_copies(run, placement, compute_seconds)
-    yield from _activations_exchanged(run, placement)
+    for stack in placement.stacks:
+        yield from _activations_exchanged(run, placement, stack)
 
 
 def _weights_exchanged(run, placement, compute_seconds) -> Iterator[Traffic]:
@@ -206,7 +238,8 @@ def _weights_exchanged(run, placement, compute_seconds) -> Iterator[Traffic]:
             layers = weight.layers if stacked and pipeline else 1
             key = (weight.gathered_over, 1 if pipeline else weight.layers, stacked and not pipeline)
             groups[key][0] += layers * weight.work * (4 if table else size)
-            groups[key][1] += layers * weight.work * (summed if stacked else 4)
+            reduced = weight.trained if weight.passes < 3 else 1
+            groups[key][1] += layers * weight.work * (summed if stacked else 4) * reduced
     for (axes, layers, again), (gathered, reduced) in groups.items():
         hidden = 0.0
         if placement.target.chip.kind == "gpu" or placement.target.chip.name in HIDES_GATHERS:
@@ -233,7 +266,7 @@ def _gradients_of_copies(run, placement, compute_seconds) -> Iterator[Traffic]:
     """
     shares: dict[tuple[str, ...], float] = collections.defaultdict(float)
     for weight in placement.weights:
-        shares[weight.copied_over] += weight.share
+        shares[weight.copied_over] += weight.share * weight.trained
     for axes, size in shares.items():
         slow = any(s.kind == "network" for name in axes for s in placement.axes[name].spans)
         hides = slow and run.train.accumulate_steps == 1
@@ -242,19 +275,23 @@ def _gradients_of_copies(run, placement, compute_seconds) -> Iterator[Traffic]:
     if run.mesh.rules == "zero1":
         axes = placement.rules.of_optimizer().mesh_axes("embed")
         if axes:
-            yield Traffic("all-gather", axes, sum(w.share for w in placement.weights), 1)
+            updated = sum(w.share * w.trained for w in placement.weights)
+            yield Traffic("all-gather", axes, updated, 1)
 
 
-def _activations_exchanged(run: RunConfig, placement: Placement) -> Iterator[Traffic]:
+def _activations_exchanged(
+    run: RunConfig, placement: Placement, stack: StackShape
+) -> Iterator[Traffic]:
     """What layers exchange of their tokens, which nothing hides."""
-    size, config, held = element_size(run), placement.transformer, placement.held
-    steps, tokens = run.train.accumulate_steps, tokens_at_once(run, placement)
+    size, config, held = element_size(run), stack.transformer, placement.held
+    steps, tokens = run.train.accumulate_steps, tokens_at_once(run, placement, stack.length)
     again = run.model.remat in _PRODUCTS_AGAIN
     layers = steps * config.num_layers * placement.turns_per_item
     hidden = tokens * config.embed_dim * size
     tensor, context = held["heads"], held["length"]
     if tensor:
-        yield Traffic("all-reduce", tensor, hidden, layers * (4 + again) + 2 * steps)
+        sums = 6 + 2 * again if config.cross_attention else 4 + again
+        yield Traffic("all-reduce", tensor, hidden, layers * sums + 2 * steps)
     if context:
         heads = config.attention.num_kv_heads / placement.shares("kv_heads")
         pairs = 2 * tokens * placement.shares("length") * heads * config.attention.head_dim * size

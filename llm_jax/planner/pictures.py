@@ -1,7 +1,7 @@
 """The pictures of a plan's page: stacked bars, live bytes over the schedule, the roofline.
 
 Shapes are drawn in an SVG that stretches with the page, text is HTML placed by percentages, so it keeps
-its size from a phone to paper. Every shape says what it is in a `title`. Colours are classes, c0 to c9;
+its size from a phone to paper. Every shape says what it is in a `title`. Colours are classes, c0 to c10;
 page.py gives them values for light and dark.
 """
 
@@ -18,6 +18,7 @@ from llm_jax.planner.plan import Memory, Op, Plan
 PART_COLORS = {
     "parameters": "c0", "optimizer": "c1", "gradients": "c2", "activations": "c3", "logits": "c4",
     "attention": "c5", "collectives": "c6", "batch": "c7", "temporaries": "c8", "unused": "c9",
+    "frozen": "c10",
 }  # fmt: skip
 KIND_COLORS = {
     "matmul": "c0", "attention": "c5", "kernel": "c6", "elementwise": "c4", "copy": "c8", "other": "c7",

@@ -8,8 +8,8 @@ from llm_jax.planner.compiled import CompiledStep
 
 # The parts of peak memory, in the order they are shown.
 Part = Literal[
-    "parameters", "optimizer", "gradients", "activations", "logits", "attention", "collectives",
-    "batch", "temporaries", "unused",
+    "parameters", "frozen", "optimizer", "gradients", "activations", "logits", "attention",
+    "collectives", "batch", "temporaries", "unused",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from llm_jax.planner.compiled import CompiledStep
 from llm_jax.planner.hunt import Candidate, Hunt, Objective, Trial, score
 from llm_jax.planner.make import make_plan
 from llm_jax.planner.plan import Cost, Plan
+from llm_jax.planner.stacks import is_known
 from llm_jax.planner.topology import Slices, Target, libtpu_version, parse_slices, parse_target
 from llm_jax.sharding.xla_flags import quick_options
 from llm_jax.training.config import RunConfig
@@ -123,7 +124,7 @@ def search(
 def _checked(
     run: RunConfig, targets: Sequence[str], objective: Objective, price: float | None
 ) -> list[Target]:
-    if not hasattr(run.model, "transformer"):
+    if not is_known(run.model):
         raise ConfigError(f"config.model.name {run.model.name!r}: a search knows transformers only")
     parsed = [parse_target(name) for name in dict.fromkeys(targets)]
     for target in parsed:

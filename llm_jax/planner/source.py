@@ -24,6 +24,8 @@ _STRUCTURE = {
 _TRANSFORMATION = re.compile(r"(?:transpose|jvp|vmap|vjp|linearize)\((.*)\)")
 # Names that attention kernels of libraries give themselves.
 _KERNEL = re.compile(r"splash|flash|mha_")
+# Modules that hold layers.
+_STACKS = ("stack", "encoder", "decoder")
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -104,6 +106,11 @@ def module_of(op_name: str) -> str:
     same = (set(level) for level in zip(*paths, strict=False))
     depth = sum(1 for _ in itertools.takewhile(lambda names: len(names) == 1, same))
     return ".".join(paths[0][: depth or None])
+
+
+def in_stack(module: str) -> bool:
+    """Whether a module, as `module_of` names it, is a stack of layers or in one."""
+    return module.partition(".")[0] in _STACKS
 
 
 def direction_of(op_name: str) -> Direction:

@@ -6,11 +6,12 @@ every key of the mesh, so that they mean the same on any base config.
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_jax.nn.remat import RematPolicy
 from llm_jax.planner.chips import CHIPS
+from llm_jax.planner.stacks import run_stacks
 from llm_jax.planner.topology import Target, shapes
 from llm_jax.sharding.mesh import AXES, MeshConfig, SliceAxes
 from llm_jax.training.config import RunConfig
@@ -28,7 +29,7 @@ _MOST_STEPS = 64
 def meshes(run: RunConfig, target: Target) -> Iterator[MeshConfig]:
     """The run's own mesh, where it multiplies to the target's devices, and others that do.
 
-    Whether the run divides over them is not asked. Of the others at most two of tensor, context and
+    Whether the run divides over them is not asked, but what its model never shares is left whole. Of the others at most two of tensor, context and
     pipeline at once: three are for larger pods than people have.
     """
     slices = target.num_slices if target.kind == "tpu" else 1
@@ -50,7 +51,9 @@ def _own(mesh: MeshConfig, devices: int, slices: int) -> MeshConfig | None:
 
 def _regular(run: RunConfig, devices: int, slices: int) -> Iterator[MeshConfig]:
     experts = getattr(run.model, "experts", None)
-    for pipeline in _sizes("pipeline", devices, getattr(run.model, "num_layers", 1)):
+    whole_stacks = any(stack.needs_one_stage for stack in run_stacks(run))
+    layers = 1 if whole_stacks else getattr(run.model, "num_layers", 1)
+    for pipeline in _sizes("pipeline", devices, layers):
         for tensor in _sizes("tensor", devices // pipeline):
             for context in _contexts(run, devices // pipeline // tensor):
                 if pipeline > 1 and tensor > 1 and context > 1:
@@ -61,10 +64,13 @@ def _regular(run: RunConfig, devices: int, slices: int) -> Iterator[MeshConfig]:
                         continue
                     sizes = {"pipeline": pipeline, "expert": expert, "context": context,
                              "tensor": tensor}  # fmt: skip
-                    yield from _shared(run, sizes, left // expert, slices)
+                    ways = ("data", "fsdp") if whole_stacks else ("data", "fsdp", "pipeline")
+                    yield from _shared(run, sizes, left // expert, slices, ways)
 
 
-def _shared(run: RunConfig, sizes: dict[str, int], left: int, slices: int) -> Iterator[MeshConfig]:
+def _shared(
+    run: RunConfig, sizes: dict[str, int], left: int, slices: int, ways: Sequence[str]
+) -> Iterator[MeshConfig]:
     """Copies and shares over what is left, the rules that act, and the ways across slices."""
     for fsdp in _divisors(left):
         rules = ["default"]
@@ -73,7 +79,7 @@ def _shared(run: RunConfig, sizes: dict[str, int], left: int, slices: int) -> It
         if sizes["tensor"] > 1:
             rules.append("sequence")
         for name in rules:
-            for across in ("data", "fsdp", "pipeline") if slices > 1 else ("data",):
+            for across in ways if slices > 1 else ("data",):
                 pipelined = sizes["pipeline"] > 1 or (across == "pipeline" and slices > 1)
                 yield MeshConfig(
                     **sizes,
@@ -93,6 +99,7 @@ def _sizes(axis: str, devices: int, multiple: int = 0) -> list[int]:
 def _contexts(run: RunConfig, devices: int) -> list[int]:
     length = run.data.sequence_length
     worth = length >= _LONG or run.train.batch_size < devices
+    worth = worth and not any(stack.needs_whole_sequences for stack in run_stacks(run))
     return [n for n in _sizes("context", devices) if n == 1 or worth]
 
 

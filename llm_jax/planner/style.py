@@ -1,18 +1,18 @@
 """The style of a plan's page, beside that of every report (metrics/page.py): bars, plots, lists, findings.
 
-The colours c0 to c9 are Okabe and Ito's and their tints; two that touch in a bar differ in lightness.
+The colours c0 to c10 are Okabe and Ito's and their tints; two that touch in a bar differ in lightness.
 """
 
 STYLE = """
 :root { --c0: #0068a8; --c1: #63acdb; --c2: #00735a; --c3: #c75100; --c4: #e0a100; --c5: #8c4a78;
-  --c6: #d394c0; --c7: #565c64; --c8: #a3abb5; --c9: #dde1e6; --bad: #b3261e; --good: #00735a; }
+  --c6: #d394c0; --c7: #565c64; --c8: #a3abb5; --c9: #dde1e6; --c10: #123a5c; --bad: #b3261e; --good: #00735a; }
 @media screen and (prefers-color-scheme: dark) { :root { --c0: #3f96d3; --c1: #93cdf1;
   --c2: #2f9d7f; --c3: #e27a35; --c4: #efc04a; --c5: #b3719d; --c6: #e2b0d3; --c7: #a3abb5;
-  --c8: #66707b; --c9: #363c44; --bad: #ff8a80; --good: #4fc3a1; } }
+  --c8: #66707b; --c9: #363c44; --c10: #c9e4f7; --bad: #ff8a80; --good: #4fc3a1; } }
 .c0 { --own: var(--c0); } .c1 { --own: var(--c1); } .c2 { --own: var(--c2); }
 .c3 { --own: var(--c3); } .c4 { --own: var(--c4); } .c5 { --own: var(--c5); }
 .c6 { --own: var(--c6); } .c7 { --own: var(--c7); } .c8 { --own: var(--c8); }
-.c9 { --own: var(--c9); }
+.c9 { --own: var(--c9); } .c10 { --own: var(--c10); }
 h2.plan { font-size: 23px; margin: 64px 0 6px; padding-top: 26px; border-top: 2px solid var(--line); }
 section h3 { margin: 26px 0 10px; }
 section h2 + h3 { margin-top: 0; }

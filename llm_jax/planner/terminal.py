@@ -22,7 +22,7 @@ BAR, WIDE_BAR = 26, 48
 PART_STYLES = {
     "parameters": "blue", "optimizer": "bright_blue", "gradients": "green", "activations": "yellow",
     "logits": "red", "attention": "magenta", "collectives": "bright_magenta", "batch": "cyan",
-    "temporaries": "white", "unused": "bright_black",
+    "temporaries": "white", "unused": "bright_black", "frozen": "bright_cyan",
 }  # fmt: skip
 BOUND_STYLES = {"compute": "green", "memory": "blue", "other": "bright_black"}
 COMMUNICATION_STYLE = "yellow"

@@ -105,7 +105,7 @@ def test_missing_files_and_arguments(config_file, tmp_path):
 
 def test_components_are_found_by_name():
     assert component("models", "gpt").make
-    with pytest.raises(ConfigError, match=r"objectives has no 'causal'.*choices: causal_lm"):
+    with pytest.raises(ConfigError, match=r"objectives has no 'causal'.*choices: .*causal_lm"):
         component("objectives", "causal")
 
 

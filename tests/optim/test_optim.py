@@ -9,6 +9,7 @@ from llm_jax.nn.moe import MoeConfig
 from llm_jax.optim.make import OptimizerConfig, is_decayed, make_optimizer, muon_dimensions
 from llm_jax.optim.schedule import ScheduleConfig, make_schedule
 from llm_jax.sharding.rules import logical_axes, path_name
+from llm_jax.transforms import lora, transformed
 
 
 def axes_of(**changes):
@@ -46,6 +47,12 @@ def test_muon_takes_every_expert_as_a_matrix():
     assert (up.reduction_axis, up.output_axis) == ((2,), (3,))
     assert (down.reduction_axis, down.output_axis) == ((2,), (3,))
     assert dims["stack.layers.mlp.router"] is None
+
+
+def test_muon_leaves_lora_to_adam():
+    model = transformed(make_model(), [lora.Config()], nnx.Rngs(0))
+    dims = leaves(muon_dimensions, logical_axes(nnx.state(model, nnx.Param)))
+    assert set(dims.values()) == {None}
 
 
 def test_muon_update_is_nearly_orthogonal_per_layer():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from small_step import compile_small
 
-from llm_jax.nn import losses, transformer
+from llm_jax.nn import block, losses, transformer
 from llm_jax.objectives import causal_lm
 from llm_jax.planner import lint as lint_module
 from llm_jax.planner.collectives import Namer, exchanges_of
@@ -71,7 +71,7 @@ def test_zero1_replicates_on_purpose_and_logits_come_in_chunks(monkeypatch):
 
 
 def test_a_sharding_that_forces_an_all_gather(monkeypatch):
-    monkeypatch.setattr(transformer, "constrain", lambda x, *axes: constrain(x, None, None, None))
+    monkeypatch.setattr(block, "constrain", lambda x, *axes: constrain(x, None, None, None))
     step = compile_small(MESH)
     found = [f for f in lint(Namer(step), None) if f.kind == "resharding"]
     assert found
@@ -80,7 +80,7 @@ def test_a_sharding_that_forces_an_all_gather(monkeypatch):
     assert gathers
     assert "[64, 128, 64]" in gathers[0].text
     assert gathers[0].bytes == 64 * 128 * 64 * 4
-    assert any(f.source.startswith("llm_jax/nn/transformer.py:") for f in gathers)
+    assert any(f.source.startswith("llm_jax/nn/block.py:") for f in gathers)
 
 
 def test_parameters_gathered_before_the_layer_loop(monkeypatch):

@@ -22,7 +22,7 @@ def named(shape, part="activations", fsdp=16, tensor=4, context=2):
         MeshAxis(name, size, ())
         for name, size in {"fsdp": fsdp, "tensor": tensor, "context": context, "data": 1}.items()
     )
-    step = types.SimpleNamespace(config=CONFIG, mesh=mesh)
+    step = types.SimpleNamespace(config=CONFIG, mesh=mesh, arguments=())
     buffer = LiveBuffer(part, 1, "bf16", shape, None, None, "", "", "", "")
     memory = Memory(1, 1, {}, (buffer,), (), "")
     (found,) = name_shapes(memory, step).buffers

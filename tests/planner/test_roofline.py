@@ -24,7 +24,7 @@ def step_of(*lines, before="", mesh=MESH, config=None):
     body = "\n".join(f"  {line}" for line in lines)
     text = f"HloModule m, num_partitions=16\n\n{before}\nENTRY %main () -> f32[] {{\n{body}\n}}\n"
     return CompiledStep(
-        target="v5e:16x16", config=config or {"objective": {"name": "causal_lm"}}, mesh=mesh,
+        target="v5e:16x16", config=config or {"model": {"name": "gpt"}}, mesh=mesh,
         arguments=(), num_params=1, tokens_per_step=16_000, model_flops={"full": 6e9, "causal": 5e9},
         seconds={}, host_peak_bytes=0, versions={}, memory=None, out_of_memory=None, hlo=text,
         buffer_assignment="", live_ranges="",
@@ -221,7 +221,7 @@ def test_splash_attention_visits_the_blocks_of_its_mask(part, products):
     assert causal.flops == 2 * products * 128 * 4 * 8 * blocks * 512 * 512
     share = causal.flops / V5E.peak_flops / causal.seconds
     assert 0.5 < share < 1, "never faster than the matrix unit"
-    full = op(read(*splash(part), config={"objective": {"name": "other"}}), causal.name)
+    full = op(read(*splash(part), config={"model": {"name": "bert"}}), causal.name)
     assert full.flops == pytest.approx(causal.flops * 64 / 36)
     assert full.seconds > 1.5 * causal.seconds
 
@@ -246,6 +246,20 @@ def test_visible_blocks_of_windows():
     assert Mask(True, 2).blocks(8, 1, 1) == 15
     assert Mask(False, None).blocks(8, 2, 4) == 8
     assert Mask(True, 3).blocks(8, 2, 2) == 4 + 3
+
+
+def test_which_layers_a_mask_is_of():
+    gemma = Mask.of({"model": {"name": "gpt", "attention_window": 4, "global_every": 2}})
+    assert gemma.at("a/layers/attention/b", is_windowed=True) == Mask(True, 4)
+    assert gemma.at("a/layers/attention/b", is_windowed=False) == Mask(True, None)
+    mistral = Mask.of({"model": {"name": "gpt", "attention_window": 4}})
+    assert mistral.at("", is_windowed=False) == Mask(True, 4), (
+        "its tables may be as wide as all keys"
+    )
+    pair = Mask.of({"model": {"name": "encoder_decoder"}})
+    assert pair.at("jvp(encoder)/layers/x", is_windowed=False) == Mask(False, None)
+    assert pair.at("jvp(decoder)/layers/x", is_windowed=False) == Mask(True, None)
+    assert Mask.of({"model": {"name": "bert"}}) == Mask(False, None)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,19 @@ def test_the_model_section_may_be_left_out_or_say_what_differs(base):
     assert resolve({**to_dict(run), "init_from": "hf:gone"}).model == run.model
 
 
+def test_a_model_section_is_found_before_processes_meet(base, run_python):
+    """jax.distributed refuses to start once a device has been touched."""
+    code = f"""
+import jax
+from llm_jax.training.config import resolve
+for init_from in {[str(base[0]), f"hf:{base[1]}"]!r}:
+    resolve({{"init_from": init_from, **{SECTIONS!r}}})
+assert not jax._src.xla_bridge.backends_are_initialized()
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("form", ["{run}", "{run}@2", "{run}/checkpoints", "hf:{hf}"])
 def test_every_form(base, form):
     workdir, folder, params = base

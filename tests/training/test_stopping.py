@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax import train as entry
 from llm_jax.checkpoint.load import load_model
-from llm_jax.checkpoint.manager import Checkpointer
+from llm_jax.checkpoint.manager import read_run_files, steps_in
 from llm_jax.core.config import ConfigError
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
 from llm_jax.training.config import EvalConfig, resolve
@@ -88,12 +88,8 @@ def train(monkeypatch, capsys):
 
 
 def steps(workdir):
-    checkpointer = Checkpointer(workdir / "checkpoints")
-    try:
-        newest = checkpointer.run_files(checkpointer.steps()[-1])
-        return checkpointer.steps(), newest.stopping
-    finally:
-        checkpointer.close()
+    folder = workdir / "checkpoints"
+    return steps_in(folder), read_run_files(folder, steps_in(folder)[-1]).stopping
 
 
 def test_a_run_ends_when_patience_does_and_uses_its_best_step(corpus, tmp_path, train):

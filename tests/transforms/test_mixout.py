@@ -19,7 +19,7 @@ QUERY = "stack.layers.attention.query"
 
 
 def mixed(probability=0.5):
-    model = transformed(make_model(), [Config(probability)], nnx.Rngs(0))
+    model = transformed(nnx.clone(make_model()), [Config(probability)], nnx.Rngs(0))
     query = model.stack.layers.attention.query
     query.current[...] = query.current[...] + 1.0
     return model
@@ -44,7 +44,7 @@ def test_evaluation_and_export_see_what_is_trained():
 
 
 def test_it_trains_from_the_first_values_which_stay():
-    start = transformed(make_model(), [Config()], nnx.Rngs(0))
+    start = transformed(nnx.clone(make_model()), [Config()], nnx.Rngs(0))
     values = flat(params_of(drawn(start, jax.random.key(0))))
     np.testing.assert_array_equal(values[QUERY], start.stack.layers.attention.query[...])
     config = resolve({**to_dict(run_config()), "transforms": [{"name": "mixout"}]})
@@ -73,6 +73,6 @@ def test_a_kept_reference():
 
 def test_errors():
     with pytest.raises(ConfigError, match=r"transforms.mixout.targets 'x.\*' matches no parameter"):
-        transformed(make_model(), [Config(targets=("x.*",))], nnx.Rngs(0))
+        transformed(nnx.clone(make_model()), [Config(targets=("x.*",))], nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"probability 1.0 must lie in \(0, 1\)"):
         Config(1.0)
