@@ -28,7 +28,7 @@ def main() -> None:
     shares = rules.shares("batch")
     batch_size = arguments.batch_size or -(-loaded.run.train.microbatch_size // shares) * shares
     evaluation = evaluate(
-        loaded.model,
+        loaded.trained,
         loaded.tokenizer,
         loaded.run,
         rules,

@@ -33,6 +33,7 @@ from llm_jax.metrics.report import write_report
 from llm_jax.nn.precision import with_precision
 from llm_jax.sharding.rules import AxisRules
 from llm_jax.training.config import RunConfig
+from llm_jax.transforms import merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +85,15 @@ def evaluate(
     model = with_precision(nnx.clone(model), precision)
     evaluation = Evaluation(step, {})
     for name in objective.evaluators:
-        if name == "held_out":
+        if name == "held_out":  # with what transforms keep beside the model: DPO asks for it
             held_out = HeldOut(objective, tokenizer, run, workdir, batch_size)
             evaluation.summary.update(held_out.run(model, rules))
         elif name == "exact_match" and jax.process_count() == 1:
             exact_match = ExactMatch(objective, tokenizer, run, workdir)
-            evaluation.summary.update(exact_match.run(model, rules))
+            evaluation.summary.update(exact_match.run(merged(model), rules))
             evaluation.examples.extend(exact_match.examples)
         elif name == "perplexity":
-            _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size)
+            _score_texts(evaluation, merged(model), tokenizer, run, rules, workdir, batch_size)
     return evaluation if evaluation.summary else None
 
 
@@ -160,7 +161,7 @@ def sample(model: Model, tokenizer: Tokenizer, run: RunConfig) -> list[dict[str,
     ):
         return []
     config = SamplingConfig(temperature=0.8, top_p=0.95, max_tokens=run.eval.sample_tokens)
-    completions = Engine(model, tokenizer).generate(list(run.eval.sample_prompts), config)
+    completions = Engine(merged(model), tokenizer).generate(list(run.eval.sample_prompts), config)
     return [
         {"prompt": prompt, "text": completion.text}
         for prompt, completion in zip(run.eval.sample_prompts, completions, strict=True)
@@ -256,7 +257,7 @@ def conclude(
         console.rule(f"sample: {item['prompt']!r}", align="left")
         console.print(item["prompt"] + item["text"], markup=False, highlight=False)
         console.rule()
-    num_params = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    num_params = sum(x.size for x in jax.tree.leaves(nnx.state(merged(model), nnx.Param)))
     path = report(workdir, title, run, prepared, epochs, num_params, evaluation, samples)
     console.print(f"checkpoint {workdir / 'checkpoints' / str(step)}", highlight=False)
     console.print(f"report     {path}", highlight=False)
