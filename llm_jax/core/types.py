@@ -90,6 +90,20 @@ class LossOutput(NamedTuple):
     loss: Weighted
     metrics: dict[str, Weighted]
 
+    @classmethod
+    def of(
+        cls,
+        output: ModelOutput,
+        loss_sum: jax.Array,
+        weight: jax.Array,
+        metrics: dict[str, Weighted],
+        *,
+        train: bool,
+    ) -> "LossOutput":
+        """An objective's sums, with what the model reports and, in training, its own loss."""
+        aux_loss = output.aux_loss if train else 0.0
+        return cls(Weighted(loss_sum + aux_loss * weight, weight), metrics | output.metrics)
+
 
 class Source(Protocol):
     """Documents by index, hence shuffled globally and resumed exactly.

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from llm_jax.core.types import Batch, Model, Tokenizer
-from llm_jax.nn.losses import head_nats, token_loss
+from llm_jax.nn.losses import output_nats
 from llm_jax.sharding.place import to_global_batch
 from llm_jax.sharding.rules import AxisRules, use_rules
 
@@ -132,10 +132,7 @@ def _row_nats(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, rules: Axi
     with use_rules(rules):
         model = nnx.merge(graphdef, state)
         output, targets = model(batch), batch["targets"]
-        if output.head is None:
-            nats = token_loss(output.logits, targets).cross_entropy
-        else:
-            nats = head_nats(model.precision, output.hidden, output.head, targets)
+        nats = output_nats(model, output, targets)
         row_sums = jnp.sum(nats * batch["loss_weights"], axis=1)
     return jax.lax.with_sharding_constraint(row_sums, rules.replicated())
 

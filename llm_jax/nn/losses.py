@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core.types import Head
+from llm_jax.core.types import Head, Model, ModelOutput
 from llm_jax.nn.head_loss import HeadLoss, Job, nats_on_mesh, sums_on_mesh
 from llm_jax.nn.precision import Precision
 
@@ -64,6 +64,29 @@ def logits_loss(
         of_any = losses.log_z - jnp.mean(logits, axis=-1)
         loss += label_smoothing * jnp.sum((of_any - losses.cross_entropy) * weights)
     return HeadLoss(loss, cross_entropy, z, jnp.sum(losses.correct * weights))
+
+
+def output_loss(
+    model: Model,
+    output: ModelOutput,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> HeadLoss:
+    """`head_loss` of a model's output, or `logits_loss` where it has no head."""
+    if output.head is None:
+        return logits_loss(output.logits, targets, weights, z_loss, label_smoothing)
+    return head_loss(
+        model.precision, output.hidden, output.head, targets, weights, z_loss, label_smoothing
+    )
+
+
+def output_nats(model: Model, output: ModelOutput, targets: jax.Array) -> jax.Array:
+    """Cross entropy of each position, [B, T] float32; no derivative where the output has a head."""
+    if output.head is None:
+        return token_loss(output.logits, targets).cross_entropy
+    return head_nats(model.precision, output.hidden, output.head, targets)
 
 
 def head_loss(

@@ -101,8 +101,7 @@ class Answer:
             "start_accuracy": Weighted(jnp.sum(start), weight),
             "end_accuracy": Weighted(jnp.sum(end), weight),
         }
-        aux_loss = output.aux_loss if train else 0.0
-        return LossOutput(Weighted(loss + aux_loss * weight, weight), metrics | output.metrics)
+        return LossOutput.of(output, loss, weight, metrics, train=train)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from llm_jax.core.packing import next_token_batch
 from llm_jax.core.types import Batch, LossOutput, Model, Tokenizer, Weighted
-from llm_jax.nn.losses import head_loss, logits_loss
+from llm_jax.nn.losses import output_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,7 @@ class CausalLm:
         targets, weights = batch["targets"], batch["loss_weights"]
         z_loss = self.config.z_loss if train else 0.0
         with jax.named_scope("loss"):
-            if output.head is None:
-                sums = logits_loss(output.logits, targets, weights, z_loss)
-            else:
-                sums = head_loss(
-                    model.precision, output.hidden, output.head, targets, weights, z_loss
-                )
+            sums = output_loss(model, output, targets, weights, z_loss)
         weight = jnp.sum(weights)
         metrics = {
             "cross_entropy": Weighted(sums.cross_entropy_sum, weight),
@@ -66,9 +61,7 @@ class CausalLm:
         }
         if z_loss:
             metrics["z_loss"] = Weighted(sums.z_loss_sum, weight)
-        metrics |= output.metrics
-        aux_loss = output.aux_loss if train else 0.0
-        return LossOutput(Weighted(sums.loss_sum + aux_loss * weight, weight), metrics)
+        return LossOutput.of(output, sums.loss_sum, weight, metrics, train=train)
 
 
 def next_token(bos_id: int, eos_id: int):

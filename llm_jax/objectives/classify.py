@@ -102,9 +102,7 @@ class Classify:
             "cross_entropy": Weighted(sums.cross_entropy_sum, weight),
             "accuracy": Weighted(sums.correct_sum, weight),
         }
-        aux_loss = output.aux_loss if train else 0.0
-        loss = Weighted(sums.loss_sum + aux_loss * weight, weight)
-        return LossOutput(loss, metrics | output.metrics)
+        return LossOutput.of(output, sums.loss_sum, weight, metrics, train=train)
 
 
 def make_batch(

@@ -20,7 +20,7 @@ import numpy as np
 from llm_jax.core.config import ConfigError
 from llm_jax.core.reference import frozen_reference
 from llm_jax.core.types import Batch, LossOutput, Model, ModelOutput, Tokenizer, Weighted
-from llm_jax.nn.losses import head_loss, head_nats, logits_loss, token_loss
+from llm_jax.nn.losses import output_loss, output_nats
 from llm_jax.objectives.chat import (
     ASSISTANT,
     Part,
@@ -129,9 +129,7 @@ class Dpo:
             "chosen_reward": Weighted(jnp.sum(rewards[:, 0] * weights), weight),
             "rejected_reward": Weighted(jnp.sum(rewards[:, 1] * weights), weight),
         }
-        aux_loss = output.aux_loss if train else 0.0
-        loss = Weighted(loss + aux_loss * weight, weight)
-        return LossOutput(loss, metrics | output.metrics)
+        return LossOutput.of(output, loss, weight, metrics, train=train)
 
 
 def interleaved(batch: Batch) -> dict[str, jax.Array]:
@@ -143,10 +141,7 @@ def interleaved(batch: Batch) -> dict[str, jax.Array]:
 def answer_nats(output: ModelOutput, model: Model, batch: Batch) -> jax.Array:
     """Minus the log probability of each row's answer: [2 B] float32, without a gradient."""
     targets, weights = batch["targets"], batch["loss_weights"]
-    if output.head is None:
-        nats = token_loss(output.logits, targets).cross_entropy
-    else:
-        nats = head_nats(model.precision, output.hidden, output.head, targets)
+    nats = output_nats(model, output, targets)
     return jax.lax.stop_gradient(jnp.sum(nats * weights, axis=1))
 
 
@@ -156,9 +151,7 @@ def weighted_nats(
     """The sum of the answers' nats times [2 B] row weights, with a gradient by the model alone."""
     targets = batch["targets"]
     weights = batch["loss_weights"] * jax.lax.stop_gradient(row_weights)[:, None]
-    if output.head is None:
-        return logits_loss(output.logits, targets, weights).loss_sum
-    return head_loss(model.precision, output.hidden, output.head, targets, weights).loss_sum
+    return output_loss(model, output, targets, weights).loss_sum
 
 
 def _with_gradient_of(value: jax.Array, source: jax.Array) -> jax.Array:

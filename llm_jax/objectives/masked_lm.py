@@ -23,7 +23,7 @@ from llm_jax.core.packing import segments_and_positions
 from llm_jax.core.pieces import Pieces
 from llm_jax.core.randomness import RowRandom, scaled
 from llm_jax.core.types import Batch, LossOutput, Model, ModelOutput, Tokenizer, Weighted
-from llm_jax.nn.losses import head_loss, logits_loss, token_loss
+from llm_jax.nn.losses import output_loss, token_loss
 from llm_jax.objectives.sentence_pairs import NUM_SPECIAL, PairMaker, lay_out
 
 _MASKED, _RANDOM = 0.8, 0.1  # the rest stays
@@ -94,10 +94,7 @@ class MaskedLm:
         output = model(batch, train=train, key=key)
         targets, weights = batch["targets"], batch["loss_weights"]
         with jax.named_scope("loss"):
-            if output.head is None:
-                sums = logits_loss(output.logits, targets, weights)
-            else:
-                sums = head_loss(model.precision, output.hidden, output.head, targets, weights)
+            sums = output_loss(model, output, targets, weights)
             loss, weight = sums.loss_sum, jnp.sum(weights)
             metrics = {
                 "cross_entropy": Weighted(sums.cross_entropy_sum, weight),
@@ -106,9 +103,7 @@ class MaskedLm:
             if self.config.pairs != "none":
                 pair_sum, pair_metrics = _pair_loss(output, batch)
                 loss, metrics = loss + pair_sum, metrics | pair_metrics
-        metrics |= output.metrics
-        aux_loss = output.aux_loss if train else 0.0
-        return LossOutput(Weighted(loss + aux_loss * weight, weight), metrics)
+        return LossOutput.of(output, loss, weight, metrics, train=train)
 
     @property
     def _num_special(self) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from llm_jax.core.types import Batch, LossOutput, Model, ModelOutput, Tokenizer, Weighted
 from llm_jax.nn.head import head_logits
-from llm_jax.nn.losses import head_loss, logits_loss, token_loss
+from llm_jax.nn.losses import output_loss, token_loss
 from llm_jax.objectives.records import (
     FieldTemplate,
     Limit,
@@ -102,12 +102,7 @@ class Seq2Seq:
         targets, weights = batch["targets"], batch["loss_weights"]
         extra = (config.z_loss, config.label_smoothing) if train else (0.0, 0.0)
         with jax.named_scope("loss"):
-            if output.head is None:
-                sums = logits_loss(output.logits, targets, weights, *extra)
-            else:
-                sums = head_loss(
-                    model.precision, output.hidden, output.head, targets, weights, *extra
-                )
+            sums = output_loss(model, output, targets, weights, *extra)
         weight = jnp.sum(weights)
         metrics = {
             "cross_entropy": Weighted(sums.cross_entropy_sum, weight),
@@ -117,9 +112,7 @@ class Seq2Seq:
             metrics["z_loss"] = Weighted(sums.z_loss_sum, weight)
         if not train:
             metrics["sequence_accuracy"] = self._whole_examples(model, output, batch)
-        metrics |= output.metrics
-        aux_loss = output.aux_loss if train else 0.0
-        return LossOutput(Weighted(sums.loss_sum + aux_loss * weight, weight), metrics)
+        return LossOutput.of(output, sums.loss_sum, weight, metrics, train=train)
 
     def _whole_examples(self, model: Model, output: ModelOutput, batch: Batch) -> Weighted:
         """How many examples have every target right, of how many."""
