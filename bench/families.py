@@ -9,7 +9,7 @@ loss cost beside the decoder's. The steps take turns in one process.
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -71,19 +71,18 @@ def run_of(sections: dict[str, Any], batch: int, length: int, dtype: str) -> Run
     )
 
 
-def random_batch(spec: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """One document a row; every position is a target."""
+def random_batch(
+    spec: Mapping[str, jax.ShapeDtypeStruct], vocab_size: int = VOCAB
+) -> dict[str, np.ndarray]:
+    """Values for every key that an objective may have: one document a row, every position a target."""
     rng = np.random.default_rng(0)
 
     def values(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        if name == "predict_positions":
-            return np.sort(rng.permuted(np.tile(np.arange(shape[1] * 6), (shape[0], 1)), axis=1)
-                           [:, : shape[1]]).astype(dtype)  # fmt: skip
         if name.endswith("positions"):
             return np.broadcast_to(np.arange(shape[1], dtype=dtype), shape)
         if name.endswith("segment_ids") or dtype == np.float32:
             return np.ones(shape, dtype)
-        high = VOCAB if name.endswith(("tokens", "targets")) else 2
+        high = vocab_size if name.endswith(("tokens", "targets")) else 2
         return rng.integers(0, high, shape).astype(dtype)
 
     return {name: values(name, s.shape, s.dtype) for name, s in spec.items()}

@@ -36,6 +36,8 @@ def main() -> None:
         loaded.step,
         batch_size,
     )
+    if evaluation is not None and not evaluation.summary:
+        raise flags.RunError("; ".join(evaluation.problems))
     if evaluation is None:
         raise flags.RunError(
             f"{arguments.workdir} has no held-out documents: see data.held_out_fraction"

@@ -41,12 +41,14 @@ class Evaluation:
     """summary: by the evaluators; files: by model and by compressors, worst first, where text is scored.
 
     examples: (source, generated text, target) where texts are generated, the wrong ones first.
+    problems: what could not be measured and why, a line each.
     """
 
     step: int
     summary: dict[str, float]
     files: list[Comparison] = dataclasses.field(default_factory=list)
     examples: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
 
     def save(self, workdir: Path) -> Path:
         """Writes WORKDIR/evals/scores_<step>.json, whole or not at all."""
@@ -75,26 +77,39 @@ def evaluate(
     step: int,
     batch_size: int,
 ) -> Evaluation | None:
-    """Runs the objective's evaluators on what a run holds out; None when it holds out nothing.
+    """Runs the objective's evaluators on what a run holds out; None when that is no text.
 
-    In the compute dtype throughout, also after training in `matmul_dtype`: what is scored is what a
+    What one of them cannot do is among the `problems`, and the others' scores stay. In the compute dtype throughout, also after training in `matmul_dtype`: what is scored is what a
     checkpoint loads and exports as.
     """
     objective = component("objectives", run.objective.name).make(run.objective)
     precision = dataclasses.replace(model.precision, matmul_dtype=None)
     model = with_precision(nnx.clone(model), precision)
     evaluation = Evaluation(step, {})
+    run_by_name = {
+        # With what transforms keep beside the model: DPO asks for it.
+        "held_out": lambda: evaluation.summary.update(
+            HeldOut(objective, tokenizer, run, workdir, batch_size).run(model, rules)
+        ),
+        "exact_match": lambda: _match_texts(
+            evaluation, ExactMatch(objective, tokenizer, run, workdir), merged(model), rules
+        ),
+        "perplexity": lambda: _score_texts(
+            evaluation, merged(model), tokenizer, run, rules, workdir, batch_size
+        ),
+    }
     for name in objective.evaluators:
-        if name == "held_out":  # with what transforms keep beside the model: DPO asks for it
-            held_out = HeldOut(objective, tokenizer, run, workdir, batch_size)
-            evaluation.summary.update(held_out.run(model, rules))
-        elif name == "exact_match" and jax.process_count() == 1:
-            exact_match = ExactMatch(objective, tokenizer, run, workdir)
-            evaluation.summary.update(exact_match.run(merged(model), rules))
-            evaluation.examples.extend(exact_match.examples)
-        elif name == "perplexity":
-            _score_texts(evaluation, merged(model), tokenizer, run, rules, workdir, batch_size)
-    return evaluation if evaluation.summary else None
+        try:
+            run_by_name[name]()
+        except ConfigError as error:
+            evaluation.problems.append(str(error))
+    return evaluation if evaluation.summary or evaluation.problems else None
+
+
+def _match_texts(evaluation, exact_match, model, rules) -> None:
+    if jax.process_count() == 1:  # one process alone can generate
+        evaluation.summary.update(exact_match.run(model, rules))
+        evaluation.examples.extend(exact_match.examples)
 
 
 def _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size) -> None:
@@ -113,6 +128,10 @@ def _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size) 
 
 def show(evaluation: Evaluation, console: Console, most_files: int = 12) -> None:
     """What the evaluators found, as tables."""
+    for problem in evaluation.problems:
+        console.print(problem, markup=False)
+    if not evaluation.summary:
+        return
     if evaluation.files:
         _show_files(evaluation, console, most_files)
         return
@@ -251,11 +270,15 @@ def conclude(
     if evaluation is None:
         console.print("no held-out documents to show: see data.held_out_fraction")
     else:
-        evaluation.save(workdir)
         show(evaluation, console)
+        if evaluation.summary:
+            evaluation.save(workdir)
     for item in samples:
         console.rule(f"sample: {item['prompt']!r}", align="left")
-        console.print(item["prompt"] + item["text"], markup=False, highlight=False)
+        between = (
+            "\n" if hasattr(model, "encode") else ""
+        )  # an answer does not go on from its prompt
+        console.print(item["prompt"] + between + item["text"], markup=False, highlight=False)
         console.rule()
     num_params = sum(x.size for x in jax.tree.leaves(nnx.state(merged(model), nnx.Param)))
     path = report(workdir, title, run, prepared, epochs, num_params, evaluation, samples)

@@ -21,6 +21,7 @@ NUM_ALTERNATIVES = 5
 
 def main() -> None:
     arguments = flags.parse(parser())
+    check_beams(arguments)
     xla_flags.apply()
     config = SamplingConfig(
         temperature=arguments.temperature,
@@ -33,9 +34,11 @@ def main() -> None:
     loaded = load_model(arguments.workdir, arguments.step)
     engine = Engine(loaded.model, loaded.tokenizer)
     if arguments.num_beams is not None:
-        beams = BeamConfig(
-            arguments.num_beams, arguments.length_penalty, max_tokens=arguments.max_tokens
-        )
+        # As texts that are drawn, those of beams end where the model does.
+        room = min(engine.room(engine.prompt_tokens(prompt)) for prompt in prompts)
+        max_tokens = max(1, min(arguments.max_tokens, room))
+        penalty = 1.0 if arguments.length_penalty is None else arguments.length_penalty
+        beams = BeamConfig(arguments.num_beams, penalty, max_tokens=max_tokens)
         print_best(prompts, engine.beam_search(prompts, beams))
         return
     show = arguments.show_probabilities
@@ -62,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_beams", type=int,
                    help="search for the most probable text with so many beams, instead of drawing one")  # fmt: skip
-    p.add_argument("--length_penalty", type=float, default=1.0,
+    p.add_argument("--length_penalty", type=float,
                    help="of beams: above 0 favours longer texts; default: 1")  # fmt: skip
     p.add_argument("--show_probabilities", action="store_true",
                    help=f"one line per token, with the {NUM_ALTERNATIVES} most probable")  # fmt: skip
@@ -78,6 +81,16 @@ def read_prompts(texts: list[str], files: list[Path]) -> list[str]:
         except UnicodeDecodeError:
             raise ConfigError(f"--prompt_file {file} is not UTF-8 text") from None
     return prompts or [""]
+
+
+def check_beams(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that would have no effect."""
+    if arguments.num_beams is None and arguments.length_penalty is not None:
+        raise ConfigError("--length_penalty is of beams: set --num_beams, too")
+    if arguments.num_beams is not None and arguments.show_probabilities:
+        raise ConfigError(
+            "--show_probabilities shows tokens as they are drawn: leave out --num_beams"
+        )
 
 
 def print_best(prompts: list[str], found: list[list[Hypothesis]]) -> None:

@@ -146,7 +146,7 @@ def _extend(next_logits: NextLogits, config: BeamConfig, eos_id: int, state: _St
     going_on, chosen = jax.lax.top_k(scores + ended * _NEVER, k)
     running = dataclasses.replace(candidates.take(chosen), scores=going_on)
     # Only the best k may end: the others are there to fill the beams.
-    counts = ended & (jnp.arange(2 * k) < k) & state.improvable[:, None]
+    counts = ended & (jnp.arange(2 * k) < k) & state.improvable[:, None] & (scores > NOTHING)
     final = jnp.where(counts, scores / config.divisor(state.step + 1), _NEVER)
     both = Beams(
         jnp.concatenate([state.finished.tokens, candidates.tokens], 1),

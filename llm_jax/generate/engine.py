@@ -196,7 +196,7 @@ class Engine:
                     first + i,
                     self.tokenizer,
                     max_tokens=config.max_tokens,
-                    room=self._room(row),
+                    room=self.room(row),
                 )
                 for i, row in enumerate(rows[part])
             ]
@@ -219,9 +219,9 @@ class Engine:
         rows = [self.prompt_tokens(prompt) for prompt in prompts]
         for index, row in enumerate(rows):
             self._check_prompt(index, row)
-            if self._room(row) < config.max_tokens:
+            if self.room(row) < config.max_tokens:
                 raise ConfigError(
-                    f"prompt {index} leaves room for {self._room(row)} tokens of max_length "
+                    f"prompt {index} leaves room for {self.room(row)} tokens of max_length "
                     f"{self.max_length}: max_tokens is {config.max_tokens}"
                 )
         found: list[list[Hypothesis]] = []
@@ -248,7 +248,7 @@ class Engine:
                 result.append(Hypothesis(tuple(ids), text, score))
         return result
 
-    def _room(self, row: list[int]) -> int:
+    def room(self, row: list[int]) -> int:
         """New tokens that fit after a prompt."""
         return self.max_length - (0 if self.has_encoder else len(row))
 

@@ -49,6 +49,6 @@ def attention_mask(
         mask &= (query >= key) if prefix is None else (query >= key) | (prefix[:, None] > 0)
     if window is not None:
         mask &= query - key < window
-        if not causal:
+        if not causal or prefix is not None:
             mask &= key - query < window
     return mask

@@ -32,7 +32,10 @@ class Config:
 
 
 class PrefixLm(CausalLm):
-    """Rows and loss are those of next-token prediction."""
+    """Rows and loss are those of next-token prediction.
+
+    Generation reads a prompt causally, not as a prefix (generate/engine.py).
+    """
 
     config: Config
     evaluators = ("held_out",)

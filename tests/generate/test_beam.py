@@ -113,10 +113,13 @@ def test_a_prompt_does_not_depend_on_its_batch(pair):
         assert [h.tokens for h in a] == [h.tokens for h in b]
 
 
-def test_as_many_beams_as_tokens_find_the_best_of_all_texts():
+@pytest.mark.parametrize(("penalty", "normalization"), [(0.0, "length"), (3.0, "gnmt")])
+def test_as_many_beams_as_tokens_find_the_best_of_all_texts(penalty, normalization):
     model = make_model(vocab_size=VOCAB)
     engine = Engine(model, Ids(), max_length=32)
-    best = engine.beam_search([[5, 7]], BeamConfig(VOCAB, 0.0, max_tokens=2))[0][0]
+    config = BeamConfig(VOCAB, penalty, normalization, max_tokens=2)
+    found = engine.beam_search([[5, 7]], config)[0]
+    best = found[0]
     pairs = list(itertools.product(range(VOCAB), repeat=2))
     tokens = np.array([[5, 7, *pair] for pair in pairs], np.int32)
     log_probs = np.asarray(jax.nn.log_softmax(run(model, {"tokens": tokens}).logits))
@@ -124,6 +127,8 @@ def test_as_many_beams_as_tokens_find_the_best_of_all_texts():
     for row, (first, second) in enumerate(pairs):
         if first != EOS:
             texts[first, second] = log_probs[row, 1, first] + log_probs[row, 2, second]
+    texts = {t: x / float(config.divisor(jnp.array(len(t)))) for t, x in texts.items()}
+    assert {h.tokens for h in found} <= texts.keys()
     assert best.tokens == max(texts, key=texts.get)
     np.testing.assert_allclose(best.score, max(texts.values()), atol=1e-5)
 

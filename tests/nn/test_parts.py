@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from llm_jax.nn.losses import token_loss
+from llm_jax.nn.mask import Places, attention_mask
 from llm_jax.nn.norm import Norm, NormConfig
 from llm_jax.nn.precision import Precision
 from llm_jax.nn.relative import RelativeBias, RelativeBiasConfig
@@ -109,3 +110,13 @@ def test_relative_biases_of_few_tokens(queries, keys):
     bias = RelativeBias(2, RelativeBiasConfig(8, 9), causal=False, stddev=1.0, rngs=nnx.Rngs(0))
     expected = bias.after(jnp.zeros((), jnp.int32), queries, keys)
     np.testing.assert_array_equal(bias(queries, keys), expected)
+
+
+def test_a_window_bounds_a_prefix_on_both_sides():
+    places = Places(jnp.ones((1, 6), jnp.int32), jnp.arange(6)[None])
+    prefix = jnp.array([[1, 1, 1, 1, 0, 0]])
+    mask = attention_mask(places, places, causal=True, window=2, prefix=prefix)[0]
+    expected = [
+        [abs(q - k) < 2 and (k <= q or k < 4) for k in range(6)] for q in range(6)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(mask, expected)
