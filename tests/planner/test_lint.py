@@ -7,7 +7,6 @@ import pytest
 from small_step import compile_small
 
 from llm_jax.nn import block, losses, transformer
-from llm_jax.objectives import causal_lm
 from llm_jax.planner import lint as lint_module
 from llm_jax.planner.collectives import Namer, exchanges_of
 from llm_jax.planner.compiled import Argument, CompiledStep, MeshAxis
@@ -102,11 +101,11 @@ def test_parameters_gathered_before_the_layer_loop(monkeypatch):
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, MESH], ids=["whole", "in shares"])
 def test_logits_not_chunked(mesh, monkeypatch):
-    def plain(precision, hidden, head, targets, weights, z_loss=0.0):
+    def plain(precision, hidden, head, targets, weights, z_loss, label_smoothing):
         logits = precision.einsum(head.spec, hidden, head.weights, out_dtype=jnp.float32)
         return losses.logits_loss(logits, targets, weights, z_loss)
 
-    monkeypatch.setattr(causal_lm, "head_loss", plain)
+    monkeypatch.setattr(losses, "head_loss", plain)
     tensor = mesh.get("tensor", 1)
     # Chunks of so many tokens are smaller than the logits only where a chunk has a share of the words.
     monkeypatch.setattr(lint_module, "MIN_CHUNK_TOKENS", 6000 * tensor)

@@ -130,11 +130,11 @@ def test_gradients_have_the_name_and_shape_of_their_parameter(compiled):
 
 
 def test_logits_that_are_not_chunked_are_found(tmp_path, monkeypatch):
-    def plain_loss(precision, hidden, head, targets, weights, z_loss):
+    def plain_loss(precision, hidden, head, targets, weights, z_loss, label_smoothing):
         logits = precision.einsum(head.spec, hidden, head.weights, out_dtype="float32")
         return logits_loss(logits, targets, weights, z_loss)
 
-    monkeypatch.setattr("llm_jax.objectives.causal_lm.head_loss", plain_loss)
+    monkeypatch.setattr("llm_jax.nn.losses.head_loss", plain_loss)
     step = compile_step(tmp_path, {"data": 1}, 1, remat="full", vocab_size=3000)
     memory = read_memory(step, CAPACITY)
     whole = ROWS * LENGTH * 3000 * 4
