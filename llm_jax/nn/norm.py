@@ -72,16 +72,22 @@ def _normalize_forward(config, on_cpu, x, scale):
 def _normalize_backward(config, on_cpu, residuals, g):
     # By hand so that only x is kept, and the scale's gradient is one product (see sum_rows).
     x, scale = residuals
+    shape = x.shape
+    if on_cpu and x.ndim == 3:
+        # As rows [B * T, D], of which products read d_x as it is. XLA would fuse its computation into
+        # each copy that a product wants, and so on down a residual stream of normed sums: there it
+        # grew with every layer.
+        x, g = x.reshape(-1, shape[-1]), g.reshape(-1, shape[-1])
     normal, factor = _standardize(config, x)
     g = g.astype(jnp.float32)
-    d_scale = sum_rows(g * normal, on_cpu)
+    d_scale = sum_rows((g * normal).reshape(shape), on_cpu)
     if d_scale.ndim > 1:  # [B, T, N, H]: one scale for all heads
         d_scale = d_scale.sum(tuple(range(d_scale.ndim - 1)))
     g = g * scale
     d_x = g - normal * jnp.mean(g * normal, -1, keepdims=True)
     if config.kind == "layernorm":
         d_x = d_x - jnp.mean(g, -1, keepdims=True)
-    return (d_x * factor).astype(x.dtype), d_scale.astype(scale.dtype)
+    return (d_x * factor).astype(x.dtype).reshape(shape), d_scale.astype(scale.dtype)
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
