@@ -314,10 +314,11 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _gather(shard, embed, w):
-    w = shard.layer.precision.cast(w)
+    precision = shard.layer.precision
     if not shard.expert_embed:
-        return w
-    return jax.lax.all_gather(w, shard.expert_embed, axis=embed, tiled=True)
+        # The loop on CPU casts what it reads: a matrix of one expert, not a copy of all.
+        return w if precision.wide_output else precision.cast(w)
+    return jax.lax.all_gather(precision.cast(w), shard.expert_embed, axis=embed, tiled=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -144,11 +144,11 @@ def _block_product(precision, transposed, rows, weights, sizes):
 
     def body(i, out):
         block = jax.lax.dynamic_slice_in_dim(padded, start[i], size)
-        y = precision.einsum(spec, block, weights[expert[i]])
+        y = precision.einsum(spec, block, weights[expert[i]], out_dtype=out.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, y, start[i], 0)
 
-    out = jnp.zeros((num_rows + size, width), precision.dtype)
-    return jax.lax.fori_loop(0, count, body, out)[:num_rows]
+    out = jnp.zeros((num_rows + size, width), jnp.float32)  # rounded once, not block by block
+    return precision.cast(jax.lax.fori_loop(0, count, body, out)[:num_rows])
 
 
 def _block_gradient(precision, rows, gradient, sizes):
