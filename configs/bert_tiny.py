@@ -40,8 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
             "optimizer": {"name": "muon", "weight_decay": 0.01},
             "schedule": {"name": "linear", "learning_rate": 3e-3, "warmup_steps": 100,
                          "final_fraction": 0.02},
-            "train": {"num_steps": 2500, "batch_size": 16, "compute_dtype": "bfloat16"},
-            "checkpoint": {"save_every": 1000},
+            "train": {"num_steps": 1500, "batch_size": 16, "compute_dtype": "bfloat16"},
+            "checkpoint": {"save_every": 500},
             "eval": {"every": 500},
         }
     )  # fmt: skip
