@@ -174,6 +174,9 @@ class Objective(Protocol):
     examples: False for rows of packed text, as here; True for records (`ExampleObjective`).
     partner_rows: whether each row needs another, unrelated one of the same split.
     evaluators: what is measured at the end, by the names of evals/conclude.py.
+
+    A step's work is taken to be the model's over one batch; an objective for which it is more says how
+    many times by `model_passes`.
     """
 
     examples: bool

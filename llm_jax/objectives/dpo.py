@@ -69,9 +69,14 @@ class Config:
 
 
 class Dpo:
+    """model_passes: of a step's work over a batch of one answer: two answers, each also by the reference,
+    which only goes forward, a third of a pass.
+    """
+
     examples = True
     examples_per_row = 1
     evaluators = ("held_out",)
+    model_passes = 2 * (1 + 1 / 3)
 
     def __init__(self, config: Config):
         self.config = config

@@ -15,6 +15,7 @@ def flops_per_token(run: RunConfig, *, causal_half: bool) -> float | None:
     spec = objective.batch_spec(run.train.batch_size, run.data.sequence_length)
     shapes = {name: s.shape for name, s in spec.items()}
     flops = run.model.batch_flops(shapes, causal_half=causal_half)
+    flops *= getattr(objective, "model_passes", 1)
     return flops / (run.train.batch_size * run.data.sequence_length)
 
 

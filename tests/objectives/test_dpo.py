@@ -26,6 +26,8 @@ from llm_jax.objectives import dpo, sft
 from llm_jax.sharding.mesh import MeshConfig, make_mesh, make_rules
 from llm_jax.sharding.place import to_global_batch
 from llm_jax.sharding.rules import use_rules
+from llm_jax.training.config import resolve
+from llm_jax.training.speed import flops_per_token
 
 TOKENIZER = bytes_tokenizer(*CHAT_MARKS)
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
@@ -210,3 +212,16 @@ def test_what_is_too_long_may_be_cut():
 def test_wrong_configs(config):
     with pytest.raises(ConfigError):
         parse(dpo.Config, config)
+
+
+def test_work_counts_both_answers_and_the_reference():
+    sections = {
+        "model": {"name": "gpt", **model_section(vocab_size=272)},
+        "data": {"sequence_length": 16, "tokenizer": {"name": "raw_bytes"},
+                 "sources": [{"name": "jsonl", "path": "records.jsonl"}]},
+        "train": {"num_steps": 1, "batch_size": 2},
+    }  # fmt: skip
+    flops = lambda name: flops_per_token(  # noqa: E731
+        resolve({**sections, "objective": {"name": name}}), causal_half=False
+    )
+    assert flops("dpo") == pytest.approx(flops("sft") * (2 * 3 + 2 * 1) / 3)
