@@ -43,10 +43,10 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "objective": {"name": "sft", "truncate": True},
             "optimizer": {"name": "adamw", "beta2": 0.99, "weight_decay": 0.0},
-            "schedule": {"name": "linear", "learning_rate": 3e-4, "warmup_steps": 20,
+            "schedule": {"name": "linear", "learning_rate": 2e-4, "warmup_steps": 20,
                          "final_fraction": 0.02},
-            "train": {"num_steps": 400, "batch_size": 16, "compute_dtype": "bfloat16"},
-            "checkpoint": {"save_every": 200},
-            "eval": {"every": 100},
+            "train": {"num_steps": 200, "batch_size": 16, "compute_dtype": "bfloat16"},
+            "checkpoint": {"save_every": 100},
+            "eval": {"every": 50},
         }
     )  # fmt: skip

@@ -50,8 +50,8 @@ def get_config() -> ml_collections.ConfigDict:
             "optimizer": {"name": "muon", "weight_decay": 0.01},
             "schedule": {"name": "linear", "learning_rate": 3e-3, "warmup_steps": 50,
                          "final_fraction": 0.02},
-            "train": {"num_steps": 1000, "batch_size": 8, "compute_dtype": "bfloat16"},
-            "checkpoint": {"save_every": 500},
+            "train": {"num_steps": 750, "batch_size": 8, "compute_dtype": "bfloat16"},
+            "checkpoint": {"save_every": 250},
             "eval": {"every": 250},
         }
     )  # fmt: skip

@@ -51,8 +51,8 @@ def get_config() -> ml_collections.ConfigDict:
             "optimizer": {"name": "adamw", "beta2": 0.98, "weight_decay": 0.0},
             "schedule": {"name": "linear", "learning_rate": 2e-3, "warmup_steps": 200,
                          "final_fraction": 0.02},
-            "train": {"num_steps": 1200, "batch_size": 64, "compute_dtype": "float32"},
-            "checkpoint": {"save_every": 1000},
+            "train": {"num_steps": 900, "batch_size": 64, "compute_dtype": "float32"},
+            "checkpoint": {"save_every": 900},
             "eval": {"every": 300, "max_batches": 8, "num_beams": 4},
         }
     )  # fmt: skip
