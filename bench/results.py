@@ -107,6 +107,7 @@ def sft_docstrings(workdir: Path) -> tuple[Sequence[str], Rows]:
     return ("held out", "base", "after LoRA"), [
         ("answers, nats per token", before["cross_entropy"], after["cross_entropy"]),
         ("source code, bits per byte", base["bits_per_byte"], bits),
+        ("that changed by, %", "", 100 * (bits / base["bits_per_byte"] - 1)),
         ("minutes", base["minutes"], after["minutes"]),
     ]
 
