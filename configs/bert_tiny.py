@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "vocab_size": vocab_size,
                 "embed_dim": 128,
                 "num_layers": 3,
-                "num_heads": 2,
+                "num_heads": 4,
                 "mlp_dim": 512,
                 "num_positions": 64,
                 "scan_unroll": 3,

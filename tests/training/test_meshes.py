@@ -17,7 +17,11 @@ from llm_jax.training.step import gradients
 
 LENGTH, ROWS = 32, 16
 MODEL = {"num_layers": 4, "num_kv_heads": 2, "qk_norm": True}
-FAMILIES = {"dense": {}, "experts": {"experts": {"num_experts": 4, "mlp_dim": 32}}}
+FAMILIES = {
+    "dense": {},
+    "deep": {"num_layers": 8},
+    "experts": {"experts": {"num_experts": 4, "mlp_dim": 32}},
+}
 ALONE = [{axis: 8 if axis in ("data", "fsdp", "expert") else 2} for axis in AXES]
 # Eight devices each: the first of these that is in a pair gets four.
 WIDE = ("data", "fsdp", "expert", "context", "pipeline")
@@ -97,12 +101,7 @@ def test_other_rules(rules):
 
 @pytest.mark.parametrize(("stages", "rounds"), [(2, 2), (4, 1), (2, 4)])
 def test_circular_pipelines(stages, rounds):
-    model = {"num_layers": 8}
-    sizes = {"pipeline": stages, "fsdp": 2}
-    grads, sums = loss_and_gradients(sizes, model, pipeline_rounds=rounds, microbatches=4)
-    expected, expected_sums = loss_and_gradients({}, model)
-    assert sums["loss"] == pytest.approx(expected_sums["loss"], abs=1e-5)
-    assert_trees_close(grads, expected, atol=1e-5)
+    check({"pipeline": stages, "fsdp": 2}, "deep", pipeline_rounds=rounds, microbatches=4)
 
 
 def test_accumulating_copies_balance_their_experts_together():

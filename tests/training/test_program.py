@@ -1,6 +1,7 @@
 """One program on many meshes."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -36,13 +37,18 @@ def train(run, mesh_sizes, steps=3, batches=3):
     return np.array(losses), jax.device_get(state.params)
 
 
+@functools.cache
+def on_one_device(family):
+    return train(run_config(model=model_section(**FAMILIES[family])), ONE)
+
+
 @pytest.mark.parametrize(
     "sizes", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 )
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_every_mesh_gives_the_same_losses(sizes, family):
     run = run_config(model=model_section(**FAMILIES[family]))
-    losses, params = train(run, ONE)
+    losses, params = on_one_device(family)
     sharded_losses, sharded_params = train(run, sizes)
     np.testing.assert_allclose(sharded_losses, losses, atol=1e-5)
     assert_trees_close(sharded_params, params, atol=2e-3)
