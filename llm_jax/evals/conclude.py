@@ -79,8 +79,9 @@ def evaluate(
 ) -> Evaluation | None:
     """Runs the objective's evaluators on what a run holds out; None when that is no text.
 
-    What one of them cannot do is among the `problems`, and the others' scores stay. In the compute dtype throughout, also after training in `matmul_dtype`: what is scored is what a
-    checkpoint loads and exports as.
+    What one of them cannot do is among the `problems`, and the others' scores stay. In the compute dtype
+    throughout, also after training in `matmul_dtype`: what is scored is what a checkpoint loads and
+    exports as.
     """
     objective = component("objectives", run.objective.name).make(run.objective)
     precision = dataclasses.replace(model.precision, matmul_dtype=None)
@@ -275,9 +276,8 @@ def conclude(
             evaluation.save(workdir)
     for item in samples:
         console.rule(f"sample: {item['prompt']!r}", align="left")
-        between = (
-            "\n" if hasattr(model, "encode") else ""
-        )  # an answer does not go on from its prompt
+        # An answer does not go on from its prompt.
+        between = "\n" if hasattr(model, "encode") else ""
         console.print(item["prompt"] + between + item["text"], markup=False, highlight=False)
         console.rule()
     num_params = sum(x.size for x in jax.tree.leaves(nnx.state(merged(model), nnx.Param)))
