@@ -229,7 +229,8 @@ class Family:
         """The content of config.json.
 
         Raises:
-          ConfigError: no architecture of Hugging Face computes this model.
+          ConfigError: no architecture of Hugging Face computes this model, or its positions depend on
+            another `pad_id`.
         """
         architecture, values = self.architecture_for(config), flat(config)
         out: dict[str, Any] = {
@@ -242,11 +243,16 @@ class Family:
         # The embedding's row of pad_token_id gets no gradient in transformers: never a token in use.
         if architecture.only.get("is_encoder_decoder"):
             out["decoder_start_token_id"] = pad_id  # as objectives/seq2seq.py has it
-        pad_id = None if pad_id in (bos_id, eos_id) else pad_id
-        out |= {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+        told_pad_id = None if pad_id in (bos_id, eos_id) else pad_id
+        out |= {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": told_pad_id}
         out |= {"dtype": "float32", "torch_dtype": "float32"}  # the key of 5.x, of 4.x
         for group in architecture.groups:  # last: RoBERTa's positions depend on its pad_token_id
             out |= group.write(values)
+        if pad_id is not None and out["pad_token_id"] not in (told_pad_id, pad_id):
+            raise ConfigError(
+                f"this model's positions start behind a padding id of {out['pad_token_id']}, but the "
+                f"tokenizer's is {pad_id}: transformers would give other positions"
+            )
         return out
 
     def config_from_hf(self, content: Mapping[str, Any]) -> Any:

@@ -297,6 +297,13 @@ def test_a_model_that_hugging_face_lacks_is_refused_by_field():
     assert "\n" not in str(error.value)
 
 
+def test_positions_that_start_behind_another_padding_id_are_refused():
+    config = config_of("RobertaForMaskedLM")
+    assert FAMILY.hf_config(config, bos_id=1, eos_id=2, pad_id=PAD)["pad_token_id"] == PAD
+    with pytest.raises(ConfigError, match=f"padding id of {PAD}, but the tokenizer's is 0"):
+        FAMILY.hf_config(config, bos_id=1, eos_id=2, pad_id=0)
+
+
 def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path):
     model = random_model(config_of("BertForTokenClassification"))
     export(model, tmp_path / "out")
