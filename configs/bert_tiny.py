@@ -2,11 +2,12 @@ r"""A small BERT on the source of the Python standard library: masked tokens, an
 
 Purpose:  see masked-LM pretraining work in minutes, beside what always guessing the commonest token gives.
 Hardware: 2 CPU cores, 4 GB of memory.
-Expect:   under 10 minutes; figures in docs/results.md.
+Expect:   7 minutes for each kind of pair; figures in docs/results.md.
 Command:  make results NAME=bert_nsp      (next sentence)
-          make results NAME=bert_sop      (sentence order)
-          python -m llm_jax.train --config configs/bert_tiny.py --workdir runs/bert \
-              --config.objective.pairs=sentence_order
+          make results NAME=bert_sop      (and from there sentence order, which by itself is not learned)
+          python -m llm_jax.train --config configs/bert_tiny.py --workdir runs/nsp
+          python -m llm_jax.train --config configs/bert_tiny.py --workdir runs/sop \
+              --config.objective.pairs=sentence_order --config.init_from=runs/nsp
 """
 
 import ml_collections
