@@ -35,7 +35,12 @@ TIMED = {"tokens_per_second", "mfu", "mfu_causal_half", "resumed"}
 
 def start(config, workdir, *overrides):
     command = [sys.executable, "-m", "llm_jax.train", "--config", config, "--workdir", workdir]
-    env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].split(" ", 1)[1]}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].split(" ", 1)[1],
+        "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         [*map(str, command), *overrides], env=env, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
