@@ -20,7 +20,7 @@ import numpy as np
 
 from bench import corpora, measure
 from llm_jax.checkpoint.load import load_model
-from llm_jax.core.config import component
+from llm_jax.core.config import component, load
 from llm_jax.core.flags import RunError, run_entry
 from llm_jax.data.held_out import held_out_documents
 from llm_jax.data.pipeline import make_loader
@@ -125,7 +125,8 @@ def sft_docstrings(workdir: Path) -> tuple[Sequence[str], Rows]:
 
 
 def moe_tiny(workdir: Path) -> tuple[Sequence[str], Rows]:
-    dense = train("gpt_tiny", workdir / "dense")
+    steps = f"train.num_steps={load('configs/moe_tiny.py').train.num_steps}"
+    dense = train("gpt_tiny", workdir / "dense", steps)
     moe = train("moe_tiny", workdir / "moe")
     return ("held out", "dense", "2 of 8 experts"), [
         ("source code, bits per byte", dense["bits_per_byte"], moe["bits_per_byte"]),

@@ -2,7 +2,7 @@ r"""gpt_tiny.py with a mixture of experts: 2 of 8 for each token, together as wi
 
 Purpose:  what experts give at the same active FLOPs, on a laptop.
 Hardware: 2 CPU cores, 4 GB of memory.
-Expect:   under 10 minutes; beside gpt_tiny.py in docs/results.md.
+Expect:   9 minutes, over half of them for Muon on all experts (AdamW: 4); figures in docs/results.md.
 Command:  make results NAME=moe_tiny
           python -m llm_jax.train --config configs/moe_tiny.py --workdir runs/moe_tiny
 """
@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "warmup_steps": 20,
                 "final_fraction": 0.02,
             },
-            "train": {"num_steps": 700, "batch_size": 8, "compute_dtype": "bfloat16"},
+            "train": {"num_steps": 500, "batch_size": 8, "compute_dtype": "bfloat16"},
             "checkpoint": {"save_every": 250},
             "eval": {"every": 100, "sample_prompts": ["def main("]},
         }
