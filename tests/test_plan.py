@@ -278,9 +278,10 @@ def test_the_table_of_the_docs_is_what_its_command_prints():
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_of_the_command(ended_by, tmp_path):
-    """While it compiles; the compiler goes with it."""
+    """While it compiles, which 48 layers make long; the compiler goes with it."""
+    deep = ["--config.model.num_layers=48", "--config.model.scan_unroll=48"]
     process = subprocess.Popen(
-        [sys.executable, *PLAN, "--topology", "local", "--cache", tmp_path],
+        [sys.executable, *PLAN, *deep, "--topology", "local", "--cache", tmp_path],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ),
     )  # fmt: skip
     deadline = time.monotonic() + 60

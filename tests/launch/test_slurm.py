@@ -174,6 +174,7 @@ def _is_far(start: str) -> bool:
     return datetime.datetime.fromisoformat(start) > datetime.datetime.now() + TEN_SECONDS
 
 
+@pytest.mark.slow  # two minutes, most of them Slurm's before a job may start again
 def test_lost_tasks_restarts_and_the_time_limit(slurm, run):
     job = Job(slurm, run, MAX_RESTARTS="1")
     job.wait_for_state("RUNNING")

@@ -17,9 +17,12 @@ import pytest
 
 from llm_jax.planner.hlo import HloSummary, analyse
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+    ),
+]
 
 ROWS, LENGTH, LAYERS, VOCAB, EMBED, HEADS, HEAD_DIM, MLP = 4, 2048, 24, 32_000, 2048, 16, 128, 5632
 LAYER_WEIGHTS = {
@@ -44,7 +47,7 @@ class Step(NamedTuple):
     hlo: HloSummary
 
 
-@pytest.fixture(scope="module", params=["v5p-128", pytest.param("v6e-256", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["v5p-128", "v6e-256"])
 def step(request, tmp_path_factory):
     """The training step as bench/scaling.py compiles it, with the compiler's own choices."""
     hlo = tmp_path_factory.mktemp("gpt_1b") / "step.hlo"

@@ -33,16 +33,25 @@ FOUR = {"fsdp": 2, "context": 2, "tensor": 2, "pipeline": 2}
 FOUR_OF_EXPERTS = {"data": 2, "fsdp": 2, "expert": 2, "tensor": 2}
 
 
-def loss_and_gradients(sizes: dict, model: dict, *, accumulate_steps: int = 1, **mesh):
-    """Of one packed batch in float32, on a mesh of these sizes."""
+def program_of(sizes: dict, family: str, accumulate_steps: int = 1, **mesh):
     run = run_config(
-        model=model_section(**{**MODEL, **model}),
+        model=model_section(**{**MODEL, **FAMILIES[family]}),
         train={"batch_size": ROWS, "accumulate_steps": accumulate_steps},
         mesh={"data": 1, **sizes, **mesh},
     )
     devices = jax.devices()[: math.prod(sizes.values())]
-    program = build_program(run, make_mesh(run.mesh, devices))
-    state = program.init(jax.random.key(0))
+    return build_program(run, make_mesh(run.mesh, devices))
+
+
+@functools.cache
+def initial_params(family: str):
+    return jax.device_get(program_of({}, family).init(jax.random.key(0)).params)
+
+
+def loss_and_gradients(sizes: dict, family: str, *, accumulate_steps: int = 1, **mesh):
+    """Of one packed batch in float32, on a mesh of these sizes."""
+    program = program_of(sizes, family, accumulate_steps, **mesh)
+    params = jax.device_put(initial_params(family), program.state_shardings.params)
     batch = to_global_batch(random_batch(ROWS, LENGTH), program.rules, ROWS)
 
     @jax.jit
@@ -54,17 +63,17 @@ def loss_and_gradients(sizes: dict, model: dict, *, accumulate_steps: int = 1, *
             )  # fmt: skip
         return jax.tree.map(lambda g: g / loss.weight, grads), {"loss": loss, **metrics}
 
-    grads, sums = compute(state.params, batch)
+    grads, sums = compute(params, batch)
     return jax.device_get(grads), {name: float(value.mean) for name, value in sums.items()}
 
 
 @functools.cache
 def one_device(family: str):
-    return loss_and_gradients({}, FAMILIES[family])
+    return loss_and_gradients({}, family)
 
 
 def check(sizes, family="dense", **mesh):
-    grads, sums = loss_and_gradients(sizes, FAMILIES[family], **mesh)
+    grads, sums = loss_and_gradients(sizes, family, **mesh)
     expected, expected_sums = one_device(family)
     for name, value in expected_sums.items():
         assert sums[name] == pytest.approx(value, abs=1e-5), name
@@ -79,6 +88,7 @@ def test_four_axes_at_once(run_python):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow  # to find which of a pair it is
 @pytest.mark.parametrize("sizes", ALONE, ids=str)
 def test_each_axis_alone(sizes):
     check(sizes)
@@ -89,7 +99,11 @@ def test_axes_in_pairs(sizes):
     check(sizes)
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "context", "tensor", "pipeline", "expert"])
+# The others are among FOUR_OF_EXPERTS.
+ALSO_TOGETHER = [pytest.param(axis, marks=pytest.mark.slow) for axis in ("data", "fsdp", "tensor")]
+
+
+@pytest.mark.parametrize("axis", ["context", "pipeline", "expert", *ALSO_TOGETHER])
 def test_experts_on_each_axis(axis):
     check({axis: 2} if axis == "expert" else {"expert": 2, axis: 2}, "experts")
 
@@ -99,15 +113,18 @@ def test_other_rules(rules):
     check({"fsdp": 2, "tensor": 2, "context": 2}, rules=rules)
 
 
-@pytest.mark.parametrize(("stages", "rounds"), [(2, 2), (4, 1), (2, 4)])
+SIMPLER = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 2), (4, 1))]
+
+
+@pytest.mark.parametrize(("stages", "rounds"), [(2, 4), *SIMPLER])
 def test_circular_pipelines(stages, rounds):
     check({"pipeline": stages, "fsdp": 2}, "deep", pipeline_rounds=rounds, microbatches=4)
 
 
 def test_accumulating_copies_balance_their_experts_together():
     sizes = {"data": 2, "expert": 2}
-    grads, sums = loss_and_gradients(sizes, FAMILIES["experts"], accumulate_steps=2)
-    expected, expected_sums = loss_and_gradients({}, FAMILIES["experts"], accumulate_steps=2)
+    grads, sums = loss_and_gradients(sizes, "experts", accumulate_steps=2)
+    expected, expected_sums = loss_and_gradients({}, "experts", accumulate_steps=2)
     assert sums == pytest.approx(expected_sums, abs=1e-5)
     assert_trees_close(grads, expected, atol=1e-5)
 

@@ -38,17 +38,17 @@ def train(run, mesh_sizes, steps=3, batches=3):
 
 
 @functools.cache
-def on_one_device(family):
-    return train(run_config(model=model_section(**FAMILIES[family])), ONE)
+def gpt2_on_one_device():
+    return train(run_config(model=model_section(**FAMILIES["gpt2"])), ONE)
 
 
 @pytest.mark.parametrize(
     "sizes", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 )
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_every_mesh_gives_the_same_losses(sizes, family):
-    run = run_config(model=model_section(**FAMILIES[family]))
-    losses, params = on_one_device(family)
+def test_every_mesh_gives_the_same_losses(sizes):
+    """Over steps of the optimizer; the gradients of other models are in test_meshes.py."""
+    run = run_config(model=model_section(**FAMILIES["gpt2"]))
+    losses, params = gpt2_on_one_device()
     sharded_losses, sharded_params = train(run, sizes)
     np.testing.assert_allclose(sharded_losses, losses, atol=1e-5)
     assert_trees_close(sharded_params, params, atol=2e-3)
