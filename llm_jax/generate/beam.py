@@ -9,7 +9,7 @@ section 7) is the source of the other normalization, the one of the Transformer 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ def search(
     nothing = jnp.full((batch, k), _NEVER, jnp.float32)
     state = _State(
         step=jnp.zeros((), jnp.int32),
-        cache=_of_rows(cache, repeat),
+        cache=cache.of_rows(repeat),
         last=repeat(tokens),
         positions=repeat(positions),
         # All beams are the same text at first: only one of them counts.
@@ -155,7 +155,7 @@ def _extend(next_logits: NextLogits, config: BeamConfig, eos_id: int, state: _St
     finished = both.take(jax.lax.top_k(both.scores, k)[1])
 
     rows = (jnp.arange(batch)[:, None] * k + jnp.take_along_axis(beam, chosen, 1)).reshape(-1)
-    cache = _of_rows(cache, lambda a: a[rows], places=False)
+    cache = cache.of_rows(lambda a: a[rows], places=False)
     # A running beam's score is compared as if it ended here.
     best = running.scores[:, 0] / config.divisor(state.step + 1)
     worst = jnp.min(finished.scores, 1)
@@ -168,20 +168,3 @@ def _extend(next_logits: NextLogits, config: BeamConfig, eos_id: int, state: _St
         finished=finished,
         improvable=state.improvable & (best > worst),
     )
-
-
-def _of_rows(cache: KVCache, change: Callable[[Any], Any], *, places: bool = True) -> KVCache:
-    """The cache with its rows repeated or in another order.
-
-    places: False where rows change among the beams of a prompt, which stand at the same places and
-      attend to the same memory.
-    """
-    arrays = {"keys": cache.keys, "values": cache.values}
-    if places:
-        arrays |= {
-            "places": cache.places,
-            "memory_keys": cache.memory_keys,
-            "memory_values": cache.memory_values,
-            "memory_places": cache.memory_places,
-        }
-    return dataclasses.replace(cache, **jax.tree.map(change, arrays))

@@ -197,6 +197,7 @@ class Engine:
                     self.tokenizer,
                     max_tokens=config.max_tokens,
                     room=self.room(row),
+                    stops=config.stops,
                 )
                 for i, row in enumerate(rows[part])
             ]

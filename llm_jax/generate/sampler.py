@@ -28,6 +28,7 @@ class SamplingConfig:
     top_p: keeps the fewest tokens whose probability, after top_k, reaches p; None keeps all.
     seed: of the randomness, together with the row and the index of a token.
     max_tokens: new tokens per prompt.
+    stops: the text ends before the first of these strings.
     """
 
     temperature: float = 1.0
@@ -35,8 +36,11 @@ class SamplingConfig:
     top_p: float | None = None
     seed: int = 0
     max_tokens: int = 128
+    stops: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if not all(self.stops):
+            raise ConfigError(f"stops {self.stops} must not hold an empty string")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature {self.temperature} must be 0 (greedy) or above")
         if self.top_k is not None and self.top_k < 1:

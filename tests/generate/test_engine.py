@@ -11,9 +11,11 @@ import pytest
 from flax import nnx
 from tiny import GPT2, LLAMA, QWEN3, make_model
 
+from llm_jax.core.config import ConfigError
 from llm_jax.data.tokenizers.raw_bytes import BOS, PAD, RawBytesTokenizer
 from llm_jax.generate import engine as engine_module
 from llm_jax.generate.engine import Engine
+from llm_jax.generate.events import RowStream
 from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.nn.precision import Precision, with_precision
 from llm_jax.nn.transformer import unstack
@@ -232,3 +234,57 @@ def test_errors_are_one_line_and_come_before_the_first_event(engine, make, words
     with pytest.raises(ValueError, match=words) as error:
         make(engine)
     assert "\n" not in str(error.value)
+
+
+class OneLetter:
+    """A token is a letter; 0 ends."""
+
+    eos_id = 0
+
+    def decode_bytes(self, ids):
+        return bytes(ids)
+
+
+def stream_of(text, stops, room=100):
+    """The events of a row that the model goes on with `text`."""
+    row = RowStream(0, OneLetter(), max_tokens=room, room=room, stops=stops)
+    events = []
+    for token in text.encode():
+        events.append(row.event(token, 0.0, ()))
+        if row.stopped:
+            break
+    return events
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "shown", "reason"),
+    [
+        ("one two three", (" t",), "one", "stop"),
+        ("one two three", ("three", "two"), "one ", "stop"),
+        ("aab aac", ("aac",), "aab ", "stop"),
+        ("你好。再见", ("。",), "你好", "stop"),
+        ("a\n\nb", ("\n\n", "b"), "a", "stop"),
+        ("end \0", ("end of",), "end ", "eos"),
+    ],
+)
+def test_a_text_ends_before_the_first_stop(text, stops, shown, reason):
+    events = stream_of(text, stops)
+    assert "".join(event.text for event in events) == shown
+    assert events[-1].stop_reason == reason
+
+
+def test_what_may_begin_a_stop_waits_and_nothing_is_lost():
+    events = stream_of("12END34E", ("END!",), room=8)
+    assert [event.text for event in events] == ["1", "2", "", "", "", "END3", "4", "E"]
+    assert events[-1].stop_reason == "max_tokens"
+
+
+def test_the_engine_stops_at_a_string(engine):
+    (whole,) = engine.generate(["def main("], GREEDY)
+    stop = whole.text[3:5]
+    (cut,) = engine.generate(["def main("], dataclasses.replace(GREEDY, stops=(stop,)))
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.stop_reason == "stop"
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    with pytest.raises(ConfigError, match="must not hold an empty string"):
+        SamplingConfig(stops=("",))

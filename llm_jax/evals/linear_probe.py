@@ -1,0 +1,109 @@
+"""What a linear model can read from hidden states (Alain & Bengio 2016).
+
+Each text becomes the mean of its tokens' hidden states, layer by layer; a logistic regression on those of
+one split is tried on another. Where it succeeds, the layer has the property in a form that is easy to use.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llm_jax.core.config import ConfigError
+from llm_jax.core.types import Model, Tokenizer
+from llm_jax.evals.scorer import padded_length
+from llm_jax.sharding.place import to_global_batch
+from llm_jax.sharding.rules import AxisRules, use_rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    texts: Sequence[str]
+    labels: Sequence[str]
+
+    def __post_init__(self):
+        if len(self.texts) != len(self.labels):
+            raise ConfigError(f"{len(self.texts)} texts have {len(self.labels)} labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProbe:
+    """An evaluator of every model that captures "residual": decoders and encoders."""
+
+    train: Labelled
+    test: Labelled
+    tokenizer: Tokenizer
+    batch_size: int = 32
+
+    def __post_init__(self):
+        unknown = sorted(set(self.test.labels) - set(self.train.labels))
+        if unknown:
+            raise ConfigError(f"label {unknown[0]!r} is tested, but no text to train on has it")
+        if len(set(self.train.labels)) < 2:
+            raise ConfigError("a probe needs texts of two labels at least")
+
+    def run(self, model: Model, rules: AxisRules) -> dict[str, float]:
+        """Accuracies in 0..1 on the tested texts: layer/1, layer/2, ... and majority, of the commonest label."""
+        try:
+            from sklearn.linear_model import LogisticRegression
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import StandardScaler
+        except ImportError as error:
+            raise ConfigError("a probe needs scikit-learn: pip install 'llm_jax[eval]'") from error
+
+        seen = hidden_means(model, self.train.texts, self.tokenizer, rules, self.batch_size)
+        tried = hidden_means(model, self.test.texts, self.tokenizer, rules, self.batch_size)
+        labels, wanted = np.array(self.train.labels), np.array(self.test.labels)
+        scores = {}
+        for layer in range(seen.shape[1]):
+            probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+            probe.fit(seen[:, layer], labels)
+            scores[f"layer/{layer + 1}"] = float(probe.score(tried[:, layer], wanted))
+        names, counts = np.unique(labels, return_counts=True)
+        return scores | {"majority": float(np.mean(wanted == names[counts.argmax()]))}
+
+
+def hidden_means(
+    model: Model,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    rules: AxisRules,
+    batch_size: int,
+) -> np.ndarray:
+    """[N, L, D] float32: the mean over each text's tokens of what every layer gives.
+
+    Texts longer than the model count with their beginning.
+    """
+    graphdef, state = nnx.split(model)
+    most = model.config.max_length
+    rows = [[tokenizer.bos_id, *ids][:most] for ids in tokenizer.encode_batch(list(texts))]
+    shares = rules.shares("batch")
+    size = -(-batch_size // shares) * shares
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    found: dict[int, np.ndarray] = {}
+    for first in range(0, len(order), size):
+        part = order[first : first + size]
+        length = min(padded_length(len(rows[part[-1]])), most)
+        batch = {name: np.zeros((size, length), np.int32) for name in ("tokens", "segment_ids")}
+        batch["positions"] = np.tile(np.arange(length, dtype=np.int32), (size, 1))
+        for row, i in enumerate(part):
+            batch["tokens"][row, : len(rows[i])] = rows[i]
+            batch["segment_ids"][row, : len(rows[i])] = 1
+        means = _means(graphdef, state, to_global_batch(batch, rules, size), rules)
+        found |= dict(zip(part, np.asarray(means), strict=False))
+    return np.stack([found[i] for i in range(len(rows))])
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "rules"))
+def _means(graphdef, state, batch, rules: AxisRules) -> jax.Array:
+    with use_rules(rules):
+        out = nnx.merge(graphdef, state)(batch, capture=("residual",))
+    real = (batch["segment_ids"] > 0).astype(jnp.float32)
+    states = out.captured["residual"].astype(jnp.float32)  # [L, B, T, D]
+    means = jnp.einsum("lbtd,bt->bld", states, real)
+    means /= jnp.maximum(real.sum(axis=1), 1)[:, None, None]
+    return jax.lax.with_sharding_constraint(means, rules.replicated())

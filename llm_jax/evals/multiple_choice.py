@@ -1,0 +1,70 @@
+"""Multiple choice by likelihood: which answer the model finds most probable after the question.
+
+The log probability of a whole answer favours short ones. Per byte it does not (lm-evaluation-harness's
+acc_norm), nor per token.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from llm_jax.core.config import ConfigError
+from llm_jax.core.types import Tokenizer
+from llm_jax.evals.calibration import calibration_error
+from llm_jax.evals.scorer import Request, Scorer
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """context: all that stands before the answer. choices: as they go on from it. answer: the right one."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+    def __post_init__(self):
+        if not 0 <= self.answer < len(self.choices):
+            raise ConfigError(
+                f"answer {self.answer} of {self.context[-60:]!r} must be the number of a choice: "
+                f"0..{len(self.choices) - 1}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MultipleChoice:
+    """An evaluator of causal models."""
+
+    questions: Sequence[Question]
+    tokenizer: Tokenizer
+
+    def run(self, scorer: Scorer) -> dict[str, float]:
+        """Shares of right answers in 0..1, by each way to compare; what else is known of them.
+
+        accuracy, accuracy_per_byte, accuracy_per_token; calibration_error, of the softmax over the choices'
+        log probabilities; questions, and cut, how many of them did not fit into the model whole.
+        """
+        requests = [
+            Request.of(self.tokenizer, question.context, choice)
+            for question in self.questions
+            for choice in question.choices
+        ]
+        scores = iter(scorer.score(requests))
+        by_name: dict[str, list[bool]] = {"": [], "_per_byte": [], "_per_token": []}
+        confidences, num_cut = [], 0
+        for question in self.questions:
+            found = [next(scores) for _ in question.choices]
+            totals = np.array([one.total for one in found])
+            num_bytes = [max(len(choice.encode()), 1) for choice in question.choices]
+            num_tokens = [max(len(one.log_probabilities), 1) for one in found]
+            for name, sizes in (("", 1), ("_per_byte", num_bytes), ("_per_token", num_tokens)):
+                chosen = int(np.argmax(totals / sizes))
+                by_name[name].append(chosen == question.answer)
+            confidences.append(1 / np.exp(totals - totals.max()).sum())
+            num_cut += any(one.cut for one in found)
+        accuracies = {f"accuracy{name}": float(np.mean(right)) for name, right in by_name.items()}
+        return accuracies | {
+            "calibration_error": calibration_error(np.array(confidences), np.array(by_name[""])),
+            "questions": len(self.questions),
+            "cut": num_cut,
+        }
