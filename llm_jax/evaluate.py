@@ -1,12 +1,21 @@
-"""Perplexity of a checkpoint: `python -m llm_jax.evaluate --workdir runs/tiny [--step N]`."""
+"""Perplexity of a checkpoint: `python -m llm_jax.evaluate --workdir runs/tiny [--step N]`.
+
+With `--tasks hellaswag,my_task.yaml` what lm-evaluation-harness asks instead (extra `eval`).
+"""
+
+import argparse
+import importlib.util
+from pathlib import Path
 
 import jax
 from flax import nnx
 from rich.console import Console
 
-from llm_jax.checkpoint.load import load_model
+from llm_jax.checkpoint.load import LoadedModel, load_model
 from llm_jax.core import flags
 from llm_jax.evals.conclude import evaluate, show
+from llm_jax.evals.scorer import Scorer
+from llm_jax.generate.engine import Engine
 from llm_jax.sharding import xla_flags
 from llm_jax.sharding.distributed import start_distributed
 from llm_jax.sharding.mesh import MeshConfig, make_mesh, make_rules
@@ -20,13 +29,25 @@ def main() -> None:
     )
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--batch_size", type=int, help="windows at a time; default: as in training")
+    parser.add_argument(
+        "--tasks", help="of lm-evaluation-harness, with commas: names or paths of YAML files"
+    )
+    parser.add_argument(
+        "--num_fewshot", type=int, help="examples before each item; default: the task's"
+    )
+    parser.add_argument("--limit", type=int, help="items of each task; default: all")
     arguments = flags.parse(parser)
+    _check(arguments)
     xla_flags.apply()
     start_distributed()
-    loaded = load_model(arguments.workdir, arguments.step, rules=rules_for)
-    rules = rules_for(loaded.run)
+    choose = scoring_rules_for if arguments.tasks else rules_for
+    loaded = load_model(arguments.workdir, arguments.step, rules=choose)
+    rules = choose(loaded.run)
     shares = rules.shares("batch")
     batch_size = arguments.batch_size or -(-loaded.run.train.microbatch_size // shares) * shares
+    if arguments.tasks:
+        run_tasks(arguments, loaded, rules, batch_size)
+        return
     evaluation = evaluate(
         loaded.trained,
         loaded.tokenizer,
@@ -48,6 +69,43 @@ def main() -> None:
         print(f"scores {evaluation.save(arguments.workdir)}")
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Before anything is loaded."""
+    if not arguments.tasks:
+        wrong = [name for name in ("num_fewshot", "limit") if getattr(arguments, name) is not None]
+        if wrong:
+            raise flags.RunError(f"--{wrong[0]} goes with --tasks")
+    elif importlib.util.find_spec("lm_eval") is None:
+        raise flags.RunError("--tasks needs lm-evaluation-harness: pip install 'llm_jax[eval]'")
+
+
+def run_tasks(
+    arguments: argparse.Namespace, loaded: LoadedModel, rules: AxisRules, batch_size: int
+) -> Path:
+    """Tasks of the harness, in WORKDIR/evals/tasks_<step>.json; prints its table."""
+    from llm_jax.evals import harness
+
+    if jax.process_count() > 1:
+        raise flags.RunError("tasks run in one process: with one, its devices are used together")
+    scorer = Scorer(loaded.model, rules, batch_tokens=batch_size * loaded.run.data.sequence_length)
+    engine = Engine(loaded.model, loaded.tokenizer, max_length=scorer.max_length)
+    model = harness.HarnessModel(scorer, engine, loaded.tokenizer)
+    results = harness.run_tasks(
+        model,
+        [task.strip() for task in arguments.tasks.split(",") if task.strip()],
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+    )
+    path = arguments.workdir / "evals" / f"tasks_{loaded.step}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    harness.save(results, path)
+    print(harness.table(results))
+    if model.cut:
+        print(f"{model.cut} requests were longer than the model and lost their left side")
+    print(f"scores {path}")
+    return path
+
+
 def rules_for(run: RunConfig) -> AxisRules:
     """The mesh of training where the devices that are here make one, else all of them as "fsdp"."""
     try:
@@ -55,8 +113,18 @@ def rules_for(run: RunConfig) -> AxisRules:
         rules.length_order(run.data.sequence_length)
         return rules
     except ValueError:
-        mesh = MeshConfig(data=1, fsdp=-1)
-        return make_rules(mesh, make_mesh(mesh))
+        return _in_shares()
+
+
+def scoring_rules_for(run: RunConfig) -> AxisRules:
+    """The same, but no sequence is cut: a Scorer needs its rows whole."""
+    rules = rules_for(run)
+    return rules if rules.shares("length") == 1 else _in_shares()
+
+
+def _in_shares() -> AxisRules:
+    mesh = MeshConfig(data=1, fsdp=-1)
+    return make_rules(mesh, make_mesh(mesh))
 
 
 def count(model: nnx.Module) -> int:

@@ -6,12 +6,11 @@ import json
 import jax
 import pytest
 from flax import nnx
+from saved_run import save_run
 from tiny import make_model, run_config
 
 from llm_jax import evaluate as entry
 from llm_jax.checkpoint.load import load_model
-from llm_jax.checkpoint.manager import Checkpointer, RunFiles, read_folder
-from llm_jax.core.config import to_dict
 from llm_jax.data.documents import Document as Found
 from llm_jax.data.tokenizers import raw_bytes
 from llm_jax.evals import conclude
@@ -19,7 +18,6 @@ from llm_jax.evals.perplexity import Document, Perplexity, summarize
 from llm_jax.nn.precision import with_precision
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
 from llm_jax.sharding.rules import AxisRules
-from llm_jax.training.program import build_program
 
 DOCUMENTS = [
     Document("a.txt", "some text that fills several windows of the model"),
@@ -53,14 +51,7 @@ def held_out(monkeypatch):
 @pytest.fixture
 def trained_in_shares(tmp_path):
     """A run of four shares of the sequence, on four of the eight devices."""
-    run = make_run({"context": 4})
-    program = build_program(run, make_mesh(run.mesh, jax.devices()[:4]))
-    raw_bytes.make(raw_bytes.Config()).save(tmp_path / "tokenizer")
-    checkpointer = Checkpointer(tmp_path / "checkpoints", run.checkpoint)
-    files = RunFiles(to_dict(run), {}, read_folder(tmp_path / "tokenizer"))
-    checkpointer.save(1, program.init(jax.random.key(0)), files)
-    checkpointer.wait()
-    checkpointer.close()
+    save_run(tmp_path, make_run({"context": 4}), jax.devices()[:4])
     return tmp_path
 
 

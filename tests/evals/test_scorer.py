@@ -15,7 +15,6 @@ from llm_jax.sharding.rules import AxisRules
 
 VOCAB = 61
 KINDS = {
-    "rotary": {},
     "learned": {"position": "learned"},
     "windows": {"attention_window": 5, "global_every": 2},
     "experts": {"experts": MoeConfig(num_experts=4, mlp_dim=16, experts_per_token=2)},
@@ -26,7 +25,7 @@ def one_device():
     return AxisRules(make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
-def model_of(kind="rotary"):
+def model_of(kind="windows"):
     return make_model(vocab_size=VOCAB, max_length=96, init_stddev=0.3, **KINDS[kind])
 
 
