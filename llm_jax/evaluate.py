@@ -5,6 +5,7 @@ With `--tasks hellaswag,my_task.yaml` what lm-evaluation-harness asks instead (e
 
 import argparse
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -41,12 +42,14 @@ def main() -> None:
     xla_flags.apply()
     start_distributed()
     choose = scoring_rules_for if arguments.tasks else rules_for
-    loaded = load_model(arguments.workdir, arguments.step, rules=choose)
+    # A task's figures are compared with those of others, who load the export: in float32.
+    dtype = "float32" if arguments.tasks else None
+    loaded = load_model(arguments.workdir, arguments.step, rules=choose, compute_dtype=dtype)
     rules = choose(loaded.run)
     shares = rules.shares("batch")
     batch_size = arguments.batch_size or -(-loaded.run.train.microbatch_size // shares) * shares
     if arguments.tasks:
-        run_tasks(arguments, loaded, rules, batch_size)
+        run_tasks(arguments, loaded, rules)
         return
     evaluation = evaluate(
         loaded.trained,
@@ -71,32 +74,46 @@ def main() -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Before anything is loaded."""
-    if not arguments.tasks:
+    if arguments.tasks is None:
         wrong = [name for name in ("num_fewshot", "limit") if getattr(arguments, name) is not None]
         if wrong:
             raise flags.RunError(f"--{wrong[0]} goes with --tasks")
-    elif importlib.util.find_spec("lm_eval") is None:
+        return
+    if not _names(arguments.tasks):
+        raise flags.RunError(f"--tasks {arguments.tasks!r} names no task")
+    for name, least in (("num_fewshot", 0), ("limit", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise flags.RunError(f"--{name} {value} must be at least {least}")
+    if importlib.util.find_spec("lm_eval") is None:
         raise flags.RunError("--tasks needs lm-evaluation-harness: pip install 'llm_jax[eval]'")
 
 
-def run_tasks(
-    arguments: argparse.Namespace, loaded: LoadedModel, rules: AxisRules, batch_size: int
-) -> Path:
-    """Tasks of the harness, in WORKDIR/evals/tasks_<step>.json; prints its table."""
+def _names(tasks: str) -> list[str]:
+    return [task.strip() for task in tasks.split(",") if task.strip()]
+
+
+def run_tasks(arguments: argparse.Namespace, loaded: LoadedModel, rules: AxisRules) -> Path:
+    """Tasks of the harness; writes its results, which `_results_path` names, and prints its table."""
     from llm_jax.evals import harness
 
     if jax.process_count() > 1:
         raise flags.RunError("tasks run in one process: with one, its devices are used together")
-    scorer = Scorer(loaded.model, rules, batch_tokens=batch_size * loaded.run.data.sequence_length)
-    engine = Engine(loaded.model, loaded.tokenizer, max_length=scorer.max_length)
-    model = harness.HarnessModel(scorer, engine, loaded.tokenizer)
+    rows = arguments.batch_size or rules.shares("batch") * 8
+    length = min(loaded.run.data.sequence_length, 512)
+    scorer = Scorer(loaded.model, rules, batch_tokens=rows * length)
+
+    def make_engine() -> Engine:
+        return Engine(loaded.model, loaded.tokenizer, max_length=scorer.max_length)
+
+    model = harness.HarnessModel(scorer, make_engine, loaded.tokenizer)
     results = harness.run_tasks(
         model,
-        [task.strip() for task in arguments.tasks.split(",") if task.strip()],
+        _names(arguments.tasks),
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
     )
-    path = arguments.workdir / "evals" / f"tasks_{loaded.step}.json"
+    path = _results_path(arguments, loaded.step)
     path.parent.mkdir(parents=True, exist_ok=True)
     harness.save(results, path)
     print(harness.table(results))
@@ -104,6 +121,17 @@ def run_tasks(
         print(f"{model.cut} requests were longer than the model and lost their left side")
     print(f"scores {path}")
     return path
+
+
+def _results_path(arguments: argparse.Namespace, step: int) -> Path:
+    """WORKDIR/evals/tasks_<step>_<tasks>[_<k>shot][_limit<n>].json: another question, another file."""
+    tasks = "-".join(re.sub(r"\W+", "_", Path(name).stem) for name in _names(arguments.tasks))
+    name = f"tasks_{step}_{tasks[:100]}"
+    if arguments.num_fewshot is not None:
+        name += f"_{arguments.num_fewshot}shot"
+    if arguments.limit is not None:
+        name += f"_limit{arguments.limit}"
+    return arguments.workdir / "evals" / f"{name}.json"
 
 
 def rules_for(run: RunConfig) -> AxisRules:
@@ -117,9 +145,10 @@ def rules_for(run: RunConfig) -> AxisRules:
 
 
 def scoring_rules_for(run: RunConfig) -> AxisRules:
-    """The same, but no sequence is cut: a Scorer needs its rows whole."""
+    """The same, but no activation is cut along a sequence: a Scorer's are of many lengths."""
     rules = rules_for(run)
-    return rules if rules.shares("length") == 1 else _in_shares()
+    cut = rules.shares("length") > 1 or run.mesh.rules == "sequence"
+    return _in_shares() if cut else rules
 
 
 def _in_shares() -> AxisRules:

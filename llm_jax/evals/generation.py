@@ -30,12 +30,15 @@ class Generation:
     """An evaluator of models that generate.
 
     bleu_words: sacrebleu's way to cut words, such as "13a",
-    "zh", "ja-mecab", "char".
+    "zh", "char".
     """
 
     prompts: Sequence[Prompt]
     sampling: SamplingConfig
     bleu_words: str = "13a"
+
+    def __post_init__(self):
+        _sacrebleu(self.bleu_words)  # before hours of generation, not after
 
     def run(self, engine: Engine) -> dict[str, float]:
         """exact_match and f1, means in 0..1 of the best over an answer's references; bleu, chrf in 0..100."""
@@ -78,6 +81,17 @@ def corpus_scores(
     Raises:
       ConfigError: no sacrebleu, or words that it does not know how to cut.
     """
+    sacrebleu = _sacrebleu(bleu_words)
+    # sacrebleu takes the first reference of all answers, then the second; None where there is none.
+    most = max(map(len, references), default=0)
+    columns = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
+    return {
+        "bleu": sacrebleu.corpus_bleu(answers, columns, tokenize=bleu_words).score,
+        "chrf": sacrebleu.corpus_chrf(answers, columns).score,
+    }
+
+
+def _sacrebleu(bleu_words: str):
     try:
         import sacrebleu
     except ImportError as error:
@@ -86,13 +100,7 @@ def corpus_scores(
     known = sacrebleu.BLEU.TOKENIZERS
     if bleu_words not in known:
         raise ConfigError(f"bleu_words {bleu_words!r}; choices: {', '.join(known)}")
-    # sacrebleu takes the first reference of all answers, then the second; None where there is none.
-    most = max(map(len, references), default=0)
-    columns = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
-    return {
-        "bleu": sacrebleu.corpus_bleu(answers, columns, tokenize=bleu_words).score,
-        "chrf": sacrebleu.corpus_chrf(answers, columns).score,
-    }
+    return sacrebleu
 
 
 def _mean_of_best(score, answers: Sequence[str], references: Sequence[tuple[str, ...]]) -> float:

@@ -1,16 +1,19 @@
 """EleutherAI's lm-evaluation-harness on our models: its tasks and its figures, our scorer and engine.
 
-Tokens are cut and texts truncated as by its own Hugging Face backend, so that both give the same figures
-(tests/evals/test_harness.py holds them side by side). Needs the extra `eval`.
+Tokens are cut and texts truncated as by its own Hugging Face backend with a bos in front, so that both give the
+same figures (tests/evals/test_harness.py holds them side by side). Needs the extra `eval`.
 """
 
 import collections
 import functools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import jinja2
 import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
@@ -28,15 +31,22 @@ from llm_jax.evals.scorer import Request, Scorer
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
 
+# What a task's file, its data or its templates cause, deep in three libraries.
+_NOT_OURS = (OSError, ValueError, KeyError, TypeError, AssertionError, yaml.YAMLError,
+             jinja2.TemplateError, datasets.exceptions.DatasetsError)  # fmt: skip
 _MAX_TOKENS = 256  # of an answer, where a task does not say
 
 
 class HarnessModel(TemplateLM):
-    """What the harness asks of a model; cut: how many requests were longer than the model."""
+    """What the harness asks of a model; cut: how many requests were longer than the model.
 
-    def __init__(self, scorer: Scorer, engine: Engine, tokenizer: Tokenizer):
+    make_engine: called once a task generates; an engine has parameters of its own.
+    """
+
+    def __init__(self, scorer: Scorer, make_engine: Callable[[], Engine], tokenizer: Tokenizer):
         super().__init__()
-        self.tokenizer_of_model, self.scorer, self.engine = tokenizer, scorer, engine
+        self.tokenizer_of_model, self.scorer = tokenizer, scorer
+        self._engine = functools.cache(make_engine)
         self.cut = 0
 
     @property
@@ -52,6 +62,14 @@ class HarnessModel(TemplateLM):
     ) -> list[int]:
         ids = self.tokenizer_of_model.encode(string)
         return ids if add_special_tokens is False else [self.tokenizer_of_model.bos_id, *ids]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The harness's cut, but never nothing: a continuation may be part of the context's last token."""
+        context_ids, asked = super()._encode_pair(context, continuation)
+        if not asked:
+            request = Request.of(self.tokenizer_of_model, context, continuation)
+            context_ids, asked = list(request.context), list(request.continuation)
+        return context_ids, asked
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
@@ -93,7 +111,7 @@ class HarnessModel(TemplateLM):
             prompts = [self.tok_encode(context) for _, context in group]
             self.cut += sum(len(prompt) > room for prompt in prompts)
             numbers = [number for number, _ in group]
-            done = self.engine.generate(
+            done = self._engine().generate(
                 [prompt[-room:] for prompt in prompts], config, row_numbers=numbers
             )
             for number, completion in zip(numbers, done, strict=True):
@@ -105,15 +123,14 @@ def _sampling(settings: dict[str, Any]) -> SamplingConfig:
     """The harness's `generation_kwargs`, of which it passes what transformers would be told."""
     until = settings.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
-    limits = ("max_gen_toks", "max_new_tokens", "max_tokens")
-    max_tokens = next((settings[name] for name in limits if name in settings), _MAX_TOKENS)
-    temperature = float(settings.get("temperature", 0.0))
-    if not settings.get("do_sample", temperature > 0):
-        temperature = 0.0
+    limits = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    max_tokens = next((settings[name] for name in limits if settings.get(name)), _MAX_TOKENS)
+    temperature = float(settings.get("temperature") or 0.0)
+    sampled = bool(settings.get("do_sample", temperature > 0)) and temperature > 0
     return SamplingConfig(
-        temperature=temperature,
-        top_k=settings.get("top_k"),
-        top_p=settings.get("top_p"),
+        temperature=temperature if sampled else 0.0,
+        top_k=(settings.get("top_k") or None) if sampled else None,
+        top_p=(settings.get("top_p") or None) if sampled else None,
         max_tokens=int(max_tokens),
         stops=tuple(stop for stop in until if stop),
     )
@@ -129,32 +146,39 @@ def run_tasks(
     """The harness's own results, of tasks by name or by the path of a YAML file.
 
     Raises:
-      ConfigError: a task that it does not know, or whose data cannot be had.
+      ConfigError: a task that it does not know, or that cannot be read.
     """
     paths = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ConfigError(f"there is no task file {missing[0]}")
     names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
-    manager = _manager(bool(names))
-    unknown = [name for name in names if not manager.match_tasks([name])]
+    # A group in a file names tasks of the harness.
+    groups = [path for path in paths if "group:" in path.read_text(encoding="utf-8")]
+    manager = _manager(bool(names or groups))
+    matched = {name: manager.match_tasks([name]) for name in names}
+    unknown = [name for name, found in matched.items() if not found]
     if unknown:
         raise ConfigError(
             f"the harness knows no task {unknown[0]!r}: lm-eval ls tasks lists them; or give the path of a "
             "YAML file"
         )
+    # Its bootstrap forks, which a process with jax's threads must not.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
         return simple_evaluate(
             model=model,
-            tasks=[*names, *map(str, paths)],
+            tasks=[*(name for found in matched.values() for name in found), *map(str, paths)],
             num_fewshot=num_fewshot,
             limit=limit,
             task_manager=manager,
             bootstrap_iters=1000,
         )
-    except (OSError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"tasks {', '.join(tasks)} cannot be read: {said[:300]}") from error
+    except ConfigError:
+        raise
+    except _NOT_OURS as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"tasks {', '.join(tasks)}: {said[:300]}") from error
 
 
 def table(results: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ class LinearProbe:
     train: Labelled
     test: Labelled
     tokenizer: Tokenizer
-    batch_size: int = 32
+    batch_tokens: int = 4096
 
     def __post_init__(self):
         unknown = sorted(set(self.test.labels) - set(self.train.labels))
@@ -55,8 +55,8 @@ class LinearProbe:
         except ImportError as error:
             raise ConfigError("a probe needs scikit-learn: pip install 'llm_jax[eval]'") from error
 
-        seen = hidden_means(model, self.train.texts, self.tokenizer, rules, self.batch_size)
-        tried = hidden_means(model, self.test.texts, self.tokenizer, rules, self.batch_size)
+        seen = hidden_means(model, self.train.texts, self.tokenizer, rules, self.batch_tokens)
+        tried = hidden_means(model, self.test.texts, self.tokenizer, rules, self.batch_tokens)
         labels, wanted = np.array(self.train.labels), np.array(self.test.labels)
         scores = {}
         for layer in range(seen.shape[1]):
@@ -72,7 +72,7 @@ def hidden_means(
     texts: Sequence[str],
     tokenizer: Tokenizer,
     rules: AxisRules,
-    batch_size: int,
+    batch_tokens: int,
 ) -> np.ndarray:
     """[N, L, D] float32: the mean over each text's tokens of what every layer gives.
 
@@ -82,12 +82,12 @@ def hidden_means(
     most = model.config.max_length
     rows = [[tokenizer.bos_id, *ids][:most] for ids in tokenizer.encode_batch(list(texts))]
     shares = rules.shares("batch")
-    size = -(-batch_size // shares) * shares
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     found: dict[int, np.ndarray] = {}
-    for first in range(0, len(order), size):
-        part = order[first : first + size]
-        length = min(padded_length(len(rows[part[-1]])), most)
+    while order:
+        length = min(padded_length(len(rows[order[0]])), most)
+        size = -(-max(batch_tokens // length, 1) // shares) * shares
+        part, order = order[:size], order[size:]
         batch = {name: np.zeros((size, length), np.int32) for name in ("tokens", "segment_ids")}
         batch["positions"] = np.tile(np.arange(length, dtype=np.int32), (size, 1))
         for row, i in enumerate(part):
@@ -103,7 +103,9 @@ def _means(graphdef, state, batch, rules: AxisRules) -> jax.Array:
     with use_rules(rules):
         out = nnx.merge(graphdef, state)(batch, capture=("residual",))
     real = (batch["segment_ids"] > 0).astype(jnp.float32)
-    states = out.captured["residual"].astype(jnp.float32)  # [L, B, T, D]
-    means = jnp.einsum("lbtd,bt->bld", states, real)
+    states = out.captured["residual"]  # [L, B, T, D]
+    means = jnp.einsum(
+        "lbtd,bt->bld", states, real.astype(states.dtype), preferred_element_type=jnp.float32
+    )
     means /= jnp.maximum(real.sum(axis=1), 1)[:, None, None]
     return jax.lax.with_sharding_constraint(means, rules.replicated())

@@ -1,7 +1,7 @@
 """Multiple choice by likelihood: which answer the model finds most probable after the question.
 
-The log probability of a whole answer favours short ones. Per byte it does not (lm-evaluation-harness's
-acc_norm), nor per token.
+The log probability of a whole answer favours short ones. Per byte it does not, without blanks in front, as
+lm-evaluation-harness's acc_bytes has it, nor per token.
 """
 
 import dataclasses
@@ -45,9 +45,9 @@ class MultipleChoice:
         log probabilities; questions, and cut, how many of them did not fit into the model whole.
         """
         requests = [
-            Request.of(self.tokenizer, question.context, choice)
+            request
             for question in self.questions
-            for choice in question.choices
+            for request in Request.several(self.tokenizer, question.context, question.choices)
         ]
         scores = iter(scorer.score(requests))
         by_name: dict[str, list[bool]] = {"": [], "_per_byte": [], "_per_token": []}
@@ -55,7 +55,7 @@ class MultipleChoice:
         for question in self.questions:
             found = [next(scores) for _ in question.choices]
             totals = np.array([one.total for one in found])
-            num_bytes = [max(len(choice.encode()), 1) for choice in question.choices]
+            num_bytes = [max(len(choice.lstrip().encode()), 1) for choice in question.choices]
             num_tokens = [max(len(one.log_probabilities), 1) for one in found]
             for name, sizes in (("", 1), ("_per_byte", num_bytes), ("_per_token", num_tokens)):
                 chosen = int(np.argmax(totals / sizes))

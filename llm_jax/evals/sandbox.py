@@ -1,9 +1,9 @@
 """Runs Python code that nobody has read: in a process of its own, with limits.
 
-The process has no environment, an empty folder, and at most so much time, memory, output and children; on
-Linux no network either, where the kernel lets an ordinary user cut it off. That stops accidents and loops.
-It is no jail: code that means harm can read what this user can read, so run untrusted models' code in a
-container.
+The process has no environment, an empty folder, and at most so much time, memory and output; on Linux no
+network either, where the kernel lets an ordinary user cut it off. That stops accidents and loops. It is no
+jail: code that means harm can read what this user can read, and start processes that outlive it, so run
+untrusted models' code in a container.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ except (OSError, AttributeError):
 mark = sys.stdin.readline()
 code = sys.stdin.read()
 sys.argv = ["program"]
+told = os.dup(1)  # whatever the code does with its output
 exec(compile(code, "program", "exec"), {"__name__": "__main__"})
-sys.stdout.write("\\n" + mark)
-sys.stdout.flush()
+os.write(told, ("\\n" + mark).encode())
 """
 
 
@@ -54,8 +54,8 @@ def run_code(code: str, *, seconds: int = 5, memory_bytes: int = 1 << 30) -> Out
         16
     )  # what only code that came to its end prints; the code cannot know it
     with (
-        tempfile.TemporaryDirectory(prefix="llm_jax_code_") as folder,
-        open(os.path.join(folder, "output"), "w+b") as output,
+        tempfile.TemporaryDirectory(prefix="llm_jax_code_", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as output,
     ):
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _LIMITED, str(seconds), str(memory_bytes)],
@@ -70,7 +70,7 @@ def run_code(code: str, *, seconds: int = 5, memory_bytes: int = 1 << 30) -> Out
             _kill_group(process)
         output.seek(0)
         lines = output.read(_MOST_OUTPUT + 100).decode(errors="replace").strip().splitlines()
-    if process.returncode == 0 and lines and lines[-1] == mark:
+    if process.returncode == 0 and mark in lines:
         return Outcome(True)
     if process.returncode == -signal.SIGXCPU:
         return Outcome(False, f"no end after {seconds} s")

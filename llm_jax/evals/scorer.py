@@ -27,6 +27,7 @@ from llm_jax.sharding.rules import AxisRules, use_rules
 
 SMALLEST_RUN = 16
 _HEAD_TOKENS = 256  # whose logits stand in memory together
+_SCORE_BYTES = 2**30  # of attention on a device, which a cache has computed whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +39,23 @@ class Request:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, context: str, continuation: str) -> "Request":
-        """Of texts: cut where the tokens of both together have passed those of the context alone.
+        """Of texts, see `several`."""
+        return cls.several(tokenizer, context, (continuation,))[0]
 
-        So the model sees the tokens of the whole text, as in training. Blanks at the context's end go to
-        the continuation, of whose first token they are a part (lm-evaluation-harness does the same).
+    @classmethod
+    def several(
+        cls, tokenizer: Tokenizer, context: str, continuations: Sequence[str]
+    ) -> list["Request"]:
+        """Continuations of one text, all asked for from the same token on.
+
+        The model sees the tokens of each whole text, as in training. Some may reach from the context into
+        the continuation: the first of these begins what is asked, in all of them, so that none is asked for
+        less than another. Blanks at the context's end belong to the continuation.
         """
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        whole = [tokenizer.bos_id, *tokenizer.encode(stripped + continuation)]
-        begin = 1 + len(tokenizer.encode(stripped))
-        return cls(whole[:begin], whole[begin:])
+        alone = [tokenizer.bos_id, *tokenizer.encode(context.rstrip())]
+        wholes = [[tokenizer.bos_id, *tokenizer.encode(context + c)] for c in continuations]
+        begin = min((_shared(alone, whole) for whole in wholes), default=0)
+        return [cls(whole[:begin], whole[begin:]) for whole in wholes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +111,7 @@ class Scorer:
         self.max_length = model.config.max_length if max_length is None else max_length
         self.computed = 0
         self._rules, self._batch_tokens = rules, batch_tokens
-        self._vocab_size = model.config.vocab_size
+        self._vocab_size, self._num_heads = model.config.vocab_size, model.config.num_heads
         model = unstack(model)
         self._graphdef, self._state = nnx.split(model)
         self._empty_cache = jax.jit(model.init_cache, static_argnums=(0, 1))
@@ -149,20 +157,19 @@ class Scorer:
         return ids, cut, min(len(request.continuation), len(ids) - 1)
 
     def _visit(
-        self, nodes: list[Node], parents: list[int], cache: KVCache | None
+        self, nodes: list[Node], parents: list[int], cache: KVCache | None, used: int = 0
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(slots, log probabilities, whether first) of these nodes and all below them.
 
-        parents: the row of `cache` that each node stands behind.
+        parents: the row of `cache` that each node stands behind; used: its places that are taken.
         """
-        before = 0 if cache is None else cache.places.positions.shape[1]
         # Leaves apart: nothing reads their keys.
         for keep in (False, True):
             chosen = [i for i, node in enumerate(nodes) if bool(node.children) == keep]
-            for length, part in self._batches(chosen, [len(node.tokens) for node in nodes], before):
+            for length, size, part in self._batches(chosen, nodes, used, keep):
                 group = [nodes[i] for i in part]
                 answers, behind = self._compute(
-                    group, [parents[i] for i in part], cache, length, before, keep
+                    group, [parents[i] for i in part], cache, length, size, used, keep
                 )
                 yield answers
                 children = [
@@ -170,25 +177,33 @@ class Scorer:
                 ]
                 if children:
                     below, rows = zip(*children, strict=True)
-                    yield from self._visit(list(below), list(rows), behind)
+                    yield from self._visit(list(below), list(rows), behind, used + length)
 
     def _batches(
-        self, chosen: list[int], lengths: list[int], before: int
-    ) -> Iterator[tuple[int, list[int]]]:
-        """(padded length, nodes): longest first, so that what does not fit in memory is seen at once."""
-        chosen = sorted(chosen, key=lambda i: -lengths[i])
+        self, chosen: list[int], nodes: list[Node], used: int, keep: bool
+    ) -> Iterator[tuple[int, int, list[int]]]:
+        """(padded length, rows, nodes), longest first."""
+        chosen = sorted(chosen, key=lambda i: -len(nodes[i].tokens))
         while chosen:
-            length = min(padded_length(lengths[chosen[0]]), self.max_length)
-            size = self._num_rows(length, before)
-            yield length, chosen[:size]
+            length = min(padded_length(len(nodes[chosen[0]].tokens)), self.max_length)
+            rows = self._num_rows(length, used, keep)
+            few = self._in_shares(max(rows // 8, 1))  # one size for all that is left over
+            size = few if len(chosen) <= few else rows
+            yield length, size, chosen[:size]
             chosen = chosen[size:]
 
-    def _num_rows(self, length: int, before: int) -> int:
+    def _num_rows(self, length: int, used: int, keep: bool) -> int:
         """A power of two, and a multiple of the batch's shares."""
-        rows = max(self._batch_tokens // length, 1)
-        if before:  # each row has a copy of the keys above it
-            rows = max(min(rows, 2 * self._batch_tokens // (before + length)), 1)
-        rows = power_of_two(rows + 1) // 2
+        rows = self._batch_tokens // length
+        if keep or used:  # each row has a copy of the keys above it, and scores of all of them
+            seen = padded_length(used + length)
+            most = (
+                _SCORE_BYTES * self._rules.shares("batch") // (4 * self._num_heads * length * seen)
+            )
+            rows = min(rows, 2 * self._batch_tokens // seen, most)
+        return self._in_shares(power_of_two(max(rows, 1) + 1) // 2)
+
+    def _in_shares(self, rows: int) -> int:
         shares = self._rules.shares("batch")
         return -(-rows // shares) * shares
 
@@ -198,11 +213,10 @@ class Scorer:
         parents: list[int],
         cache: KVCache | None,
         length: int,
-        before: int,
+        size: int,
+        used: int,
         keep: bool,
     ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], KVCache | None]:
-        shares = self._rules.shares("batch")
-        size = min(self._num_rows(length, before), -(-power_of_two(len(nodes)) // shares) * shares)
         batch = {
             name: np.zeros((size, length), np.int32)
             for name in ("tokens", "positions", "segment_ids")
@@ -221,7 +235,7 @@ class Scorer:
             slots.append(asked.slots)
         rows, columns, targets = np.concatenate(places, axis=1).astype(np.int32)
         slots = np.concatenate(slots)
-        room = shares * power_of_two(-(-max(len(slots), SMALLEST_RUN) // shares)) - len(slots)
+        room = self._asked_room(len(slots), size, length) - len(slots)
         rows, columns, targets = (np.pad(a, (0, room)) for a in (rows, columns, targets))
         if cache is not None:
             parents = np.pad(np.array(parents, np.int32), (0, size - len(parents)))
@@ -230,10 +244,24 @@ class Scorer:
         values, firsts, behind = _forward(
             self._graphdef, self._state, cache, parents if cache is not None else None,
             to_global_batch(batch, self._rules, size), (rows, columns, targets),
-            rules=self._rules, keep=keep,
+            rules=self._rules, keep=keep, capacity=padded_length(used + length),
         )  # fmt: skip
         count = len(slots)
         return (slots, np.asarray(values)[:count], np.asarray(firsts)[:count]), behind
+
+    def _asked_room(self, count: int, size: int, length: int) -> int:
+        """Places for `count` questions: few different numbers for a size and a length."""
+        shares = self._rules.shares("batch")
+        room = shares * power_of_two(-(-max(size, SMALLEST_RUN) // shares))
+        while room < count:
+            room *= 4
+        return room
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def padded_length(length: int) -> int:
@@ -242,15 +270,20 @@ def padded_length(length: int) -> int:
     return size * 3 // 4 if size > SMALLEST_RUN and length <= size * 3 // 4 else size
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "rules", "keep"))
-def _forward(graphdef, state, cache, parents, batch, asked, *, rules: AxisRules, keep: bool):
-    """asked: rows, columns, targets, all [Q]; returns their log probabilities, whether first, the cache."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "rules", "keep", "capacity"))
+def _forward(
+    graphdef, state, cache, parents, batch, asked, *, rules: AxisRules, keep: bool, capacity: int
+):
+    """asked: rows, columns, targets, all [Q]; returns their log probabilities, whether first, the cache.
+
+    capacity: places of the cache behind these tokens; those that are free belong to nobody.
+    """
     rows, columns, targets = asked
     with use_rules(rules):
         model = nnx.merge(graphdef, state)
         if cache is not None:
             cache = cache.of_rows(lambda a: a[parents])
-            cache = cache.grown(cache.places.positions.shape[1] + batch["tokens"].shape[1])
+            cache = cache.grown(capacity)
         out = model(batch, cache=cache)
         shares = rules.shares("batch")
         size = min(len(targets), shares * power_of_two(max(_HEAD_TOKENS // shares, 1)))

@@ -38,8 +38,8 @@ def test_choices_by_each_way_to_compare():
     ]
     told = Told({" no": -3.0, " certainly not": -6.0, " a": -1.0, " bb cut": -2.0})
     scores = MultipleChoice(questions, TOKENIZER).run(told)
-    # Of the first, the short one is more probable, the long one per byte; of the second: -1, and
-    # -0.5 against -0.29 per byte.
+    # Of the first, the short one is more probable, the long one per byte; of the second the right one,
+    # and per byte, 1 against 6 without the blank, the other.
     assert scores["accuracy"] == 0.5
     assert scores["accuracy_per_byte"] == 0.5
     assert scores["questions"] == 2
@@ -84,8 +84,11 @@ def test_texts_are_cut_where_the_context_ends():
     ids = TOKENIZER.encode("Q: yes")
     assert list(request.context) == [TOKENIZER.bos_id, *ids[:2]]
     assert list(request.continuation) == ids[2:]
-    # Three letters are two tokens, of which the second is another one once "d" follows.
-    request = Request.of(Merging(), "abc", "def")
-    assert list(request.context) + list(request.continuation) == [0, *Merging().encode("abcdef")]
-    assert len(request.context) == 3
+    # Three letters are two tokens, of which the second is another one once "d" follows: that is asked
+    # for too, and in the other continuation, where "c" stays, as well.
+    requests = Request.several(Merging(), "abc", ("def", ""))
+    for request, text in zip(requests, ("abcdef", "abc"), strict=True):
+        assert [*request.context, *request.continuation] == [0, *Merging().encode(text)]
+        assert len(request.context) == 2
+    assert len(requests[1].continuation) == 1  # never nothing
     assert list(Request.of(TOKENIZER, "", "x").context) == [TOKENIZER.bos_id]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -15,6 +16,7 @@ from llm_jax.data.tokenizers import raw_bytes
 from llm_jax.evals.scorer import Scorer
 from llm_jax.export import hf as export_hf
 from llm_jax.generate.engine import Engine
+from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
 from llm_jax.sharding.rules import AxisRules
 
@@ -96,7 +98,7 @@ def ours(model):
     rules = AxisRules(make_mesh(MeshConfig(), jax.devices()[:1]))
     tokenizer = raw_bytes.make(raw_bytes.Config())
     scorer = Scorer(model, rules)
-    return harness.HarnessModel(scorer, Engine(model, tokenizer), tokenizer)
+    return harness.HarnessModel(scorer, lambda: Engine(model, tokenizer), tokenizer)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -157,25 +159,74 @@ def test_the_command(tasks, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "|choices|" in printed.replace(" ", "")
     assert "requests were longer than the model" in printed
-    found = json.loads((tmp_path / "evals" / "tasks_1.json").read_text())
+    found = json.loads(
+        (tmp_path / "evals" / "tasks_1_choices-texts-answers_limit3.json").read_text()
+    )
     assert set(found["results"]) == {"choices", "texts", "answers"}
     assert all(len(samples) == 3 for samples in found["samples"].values())
 
 
-def test_flags_that_go_with_tasks(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["evaluate", "--workdir", str(tmp_path), "--limit", "3"])
-    with pytest.raises(RunError, match="--limit goes with --tasks"):
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--limit", "3"], "--limit goes with --tasks"),
+        (["--tasks", " ,"], "names no task"),
+        (["--tasks", "choices", "--limit", "0"], "--limit 0 must be at least 1"),
+        (["--tasks", "choices", "--num_fewshot", "-1"], "--num_fewshot -1 must be at least 0"),
+    ],
+)
+def test_flags_that_do_not_go(flags, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate", "--workdir", str(tmp_path), *flags])
+    with pytest.raises(RunError, match=said):
         evaluate.main()
 
 
-def test_tasks_that_are_not_there(ours, tmp_path):
-    broken = tmp_path / "broken.yaml"
-    broken.write_text(TASKS["choices"].format(folder=tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        harness.run_tasks(ours, [str(broken)])
-    broken.write_text("task: [")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        harness.run_tasks(ours, [str(broken)])
+def test_settings_of_transformers():
+    config = harness._sampling(
+        {"until": "\n", "max_gen_toks": None, "max_new_tokens": 7, "do_sample": False, "top_k": 0}
+    )
+    assert config == SamplingConfig(temperature=0.0, max_tokens=7, stops=("\n",))
+    sampled = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
+    assert harness._sampling(sampled) == SamplingConfig(0.7, None, 0.9, max_tokens=256)
+
+
+class OfPairs:
+    """Two letters a token, from the start: what follows changes the last one."""
+
+    vocab_size, bos_id, eos_id, pad_id = 259, 0, 1, 2
+
+    def encode(self, text):
+        return [sum(map(ord, text[i : i + 2])) % 259 for i in range(0, len(text), 2)]
+
+
+def test_a_continuation_that_is_in_the_context_s_last_token(ours):
+    merging = harness.HarnessModel(ours.scorer, lambda: None, OfPairs())
+    ((total, _),) = merging.loglikelihood([SimpleNamespace(args=("abc", "d"))])
+    assert total < 0
+
+
+def test_tasks_that_cannot_be_read_are_one_line(ours, tmp_path):
+    path, data = tmp_path / "broken.yaml", tmp_path / "choices.jsonl"
+    task = TASKS["choices"].format(folder=tmp_path)
+    cases = [
+        (task, None),  # no data
+        ("task: [", None),
+        (task, "{"),
+        (task.replace("task: choices", "output: choices"), '{"question": "a"}'),
+        (task, '{"quest": "a", "choices": ["b"], "answer": 0}'),
+    ]
+    for text, line in cases:
+        path.write_text(text)
+        data.unlink(missing_ok=True)
+        if line is not None:
+            data.write_text(line + "\n")
+        with pytest.raises(ConfigError) as error:
+            harness.run_tasks(ours, [str(path)])
+        assert "\n" not in str(error.value)
+        assert str(path) in str(error.value)
+
+
+def test_tasks_that_are_not_there(ours):
     with pytest.raises(ConfigError, match="the harness knows no task 'hellaswagg'"):
         harness.run_tasks(ours, ["hellaswagg"])
     with pytest.raises(ConfigError, match=r"there is no task file nowhere\.yaml"):

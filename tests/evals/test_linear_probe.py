@@ -50,7 +50,7 @@ def test_means_are_over_a_text_s_own_tokens():
     states = run(model, {"tokens": np.array([ids])}, capture=("residual",)).captured["residual"]
     np.testing.assert_allclose(found[0], np.mean(states[:, 0], axis=1), atol=1e-5)
     assert found.shape == (3, 2, 32)
-    on_four = hidden_means(model, ["abc", "", "a text"], TOKENIZER, rules(4), 2)
+    on_four = hidden_means(model, ["abc", "", "a text"], TOKENIZER, rules(4), 64)
     np.testing.assert_allclose(on_four[:2], found[:2], atol=1e-5)
 
 

@@ -10,6 +10,8 @@ from llm_jax.evals.sandbox import run_code
 
 def test_what_runs_to_its_end_passes():
     assert run_code("def f(x):\n    return x + 1\nassert f(1) == 2\nprint('你好')").passed
+    assert run_code("import io, sys\nsys.stdout = io.StringIO()").passed
+    assert run_code("import atexit\natexit.register(print, 'bye')").passed
 
 
 @pytest.mark.parametrize(
