@@ -94,6 +94,7 @@ def test_missing_runs_are_named(run_python, tmp_path):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+@pytest.mark.slow  # five commands
 def test_nobody_looks_for_chips_that_are_not_there(run_python, texts, tmp_path, monkeypatch):
     """The extra for planning is installed: nothing looks for a TPU, though nobody named a platform."""
     if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):

@@ -47,6 +47,7 @@ def test_a_lost_process_restarts_the_run(address, run):
     assert not run.processes()
 
 
+@pytest.mark.slow
 def test_without_restarts_a_loss_ends_the_run_and_sigterm_saves(address, run):
     launched = start(run, address)
     run.kill_one(after_step=0)

@@ -121,6 +121,7 @@ def test_circular_pipelines(stages, rounds):
     check({"pipeline": stages, "fsdp": 2}, "deep", pipeline_rounds=rounds, microbatches=4)
 
 
+@pytest.mark.slow
 def test_accumulating_copies_balance_their_experts_together():
     sizes = {"data": 2, "expert": 2}
     grads, sums = loss_and_gradients(sizes, "experts", accumulate_steps=2)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 CONFIG = """
 import ml_collections
@@ -99,5 +100,6 @@ def test_checkpoints_pass_between_all_setups(corpus):
     check("shards", chain, corpus)
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_with_another_number_of_processes(corpus):
     check("stream", ["pair", "one"], corpus)

@@ -83,7 +83,10 @@ def config(request, corpus):
     return path
 
 
-@pytest.mark.parametrize("config", ["shards", "stream"], indirect=True)
+SHARDS = pytest.param("shards", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("config", [SHARDS, "stream"], indirect=True)
 def test_killed_runs_end_like_uninterrupted_ones(config, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, output = finish(config, whole)
