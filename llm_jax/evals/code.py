@@ -44,16 +44,13 @@ class PassAtK:
 
     def run(self, engine: Engine) -> dict[str, float]:
         """pass@k for each k, in 0..1, and the number of problems."""
-        prompts = [problem.prompt for problem in self.problems for _ in range(self.num_samples)]
+        repeated = [problem for problem in self.problems for _ in range(self.num_samples)]
         sampling = dataclasses.replace(self.sampling, stops=(*self.sampling.stops, *STOPS))
-        completions = engine.generate(prompts, sampling)
+        completions = engine.generate([problem.prompt for problem in repeated], sampling)
         programs = [
-            f"{prompt}{completion.text}\n{problem.tests}\n"
-            for prompt, completion, problem in zip(
-                prompts, completions, np.repeat(np.array(self.problems, object), self.num_samples),
-                strict=True,
-            )
-        ]  # fmt: skip
+            f"{problem.prompt}{completion.text}\n{problem.tests}\n"
+            for problem, completion in zip(repeated, completions, strict=True)
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             passed = pool.map(lambda code: run_code(code, seconds=self.seconds).passed, programs)
             counts = np.array(list(passed), int).reshape(-1, self.num_samples).sum(axis=1)

@@ -18,6 +18,7 @@ from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Head, Model, Tokenizer
 from llm_jax.evals.prefix_tree import Node, Queries, prefix_tree
 from llm_jax.generate.prompts import power_of_two
+from llm_jax.generate.sampler import first_argmax
 from llm_jax.nn.cache import KVCache
 from llm_jax.nn.head import head_logits
 from llm_jax.nn.precision import Precision
@@ -235,7 +236,7 @@ class Scorer:
             slots.append(asked.slots)
         rows, columns, targets = np.concatenate(places, axis=1).astype(np.int32)
         slots = np.concatenate(slots)
-        room = self._asked_room(len(slots), size, length) - len(slots)
+        room = self._asked_room(len(slots), size) - len(slots)
         rows, columns, targets = (np.pad(a, (0, room)) for a in (rows, columns, targets))
         if cache is not None:
             parents = np.pad(np.array(parents, np.int32), (0, size - len(parents)))
@@ -249,8 +250,8 @@ class Scorer:
         count = len(slots)
         return (slots, np.asarray(values)[:count], np.asarray(firsts)[:count]), behind
 
-    def _asked_room(self, count: int, size: int, length: int) -> int:
-        """Places for `count` questions: few different numbers for a size and a length."""
+    def _asked_room(self, count: int, size: int) -> int:
+        """Places for `count` questions of `size` rows: few different numbers, so few programs."""
         shares = self._rules.shares("batch")
         room = shares * power_of_two(-(-max(size, SMALLEST_RUN) // shares))
         while room < count:
@@ -304,11 +305,7 @@ def _asked(
         hidden, targets = hidden_and_targets
         logits = head_logits(precision, hidden[:, None], head)[:, 0]
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        best = jnp.max(logits, axis=-1)
-        # As argmax: of equals the one with the smallest id.
-        ids = jnp.arange(logits.shape[-1])
-        ties = jnp.any((logits == best[:, None]) & (ids < targets[:, None]), axis=-1)
-        return chosen - jax.nn.logsumexp(logits, axis=-1), (chosen == best) & ~ties
+        return chosen - jax.nn.logsumexp(logits, axis=-1), first_argmax(logits) == targets
 
     parts = (hidden.reshape(-1, size, hidden.shape[-1]), targets.reshape(-1, size))
     return tuple(a.reshape(-1) for a in jax.lax.map(of_some, parts))
