@@ -25,6 +25,7 @@ from llm_jax.core.flags import RunError, run_entry
 from llm_jax.data.held_out import held_out_documents
 from llm_jax.data.pipeline import make_loader
 from llm_jax.evals.perplexity import Document, Perplexity
+from llm_jax.evals.subject import Subject
 from llm_jax.sharding.mesh import MeshConfig, make_mesh, make_rules
 from llm_jax.training.config import RunConfig
 
@@ -194,10 +195,10 @@ def _bits_per_byte(texts_of: Path, model_of: Path) -> float:
     """Of one run's model on what another run held out."""
     base, loaded = _run(texts_of), load_model(model_of)
     found = held_out_documents(base.data, texts_of, base.eval.final_bytes)
-    documents = [Document(d.name, d.text) for d in found]
-    perplexity = Perplexity(documents, loaded.tokenizer, base.data.sequence_length, 8)
-    mesh = MeshConfig()
-    return perplexity.run(loaded.model, make_rules(mesh, make_mesh(mesh)))["bits_per_byte"]
+    documents = [Document(d.name, d.text) for _, d in found]
+    rules = make_rules(MeshConfig(), make_mesh(MeshConfig()))
+    subject = Subject(loaded.model, loaded.tokenizer, rules, base.data.sequence_length, rows=8)
+    return Perplexity(documents).run(subject).summary["bits_per_byte"]
 
 
 def main() -> None:

@@ -1,163 +1,140 @@
-"""Perplexity of a checkpoint: `python -m llm_jax.evaluate --workdir runs/tiny [--step N]`.
+"""Evaluates checkpoints: `python -m llm_jax.evaluate --workdir runs/tiny [--step N]`.
 
-With `--tasks hellaswag,my_task.yaml` what lm-evaluation-harness asks instead (extra `eval`).
+With `--watch` every new one while a run trains, with `--tasks hellaswag,my_task.yaml` what
+lm-evaluation-harness asks (extra `eval`), with `--compare RUN_A RUN_B` two runs beside each other.
 """
 
 import argparse
-import importlib.util
-import re
+import functools
+import signal
+import sys
 from pathlib import Path
 
 import jax
-from flax import nnx
 from rich.console import Console
 
-from llm_jax.checkpoint.load import LoadedModel, load_model
+from llm_jax.checkpoint.claims import PATIENCE
+from llm_jax.checkpoint.load import choose_checkpoint
 from llm_jax.core import flags
-from llm_jax.evals.conclude import evaluate, show
-from llm_jax.evals.scorer import Scorer
-from llm_jax.generate.engine import Engine
+from llm_jax.core.config import ConfigError
+from llm_jax.evals import harness
+from llm_jax.evals.compare import compare
+from llm_jax.evals.job import Job
+from llm_jax.evals.show import show
+from llm_jax.evals.watch import Watcher, measured, publish
 from llm_jax.sharding import xla_flags
 from llm_jax.sharding.distributed import start_distributed
-from llm_jax.sharding.mesh import MeshConfig, make_mesh, make_rules
-from llm_jax.sharding.rules import AxisRules
-from llm_jax.training.config import RunConfig
+
+
+def parser() -> argparse.ArgumentParser:
+    p = flags.make_parser("evaluate", "Scores of a run's checkpoints.", config=False, workdir=False)
+    p.add_argument("--workdir", type=Path, help="where the run lives")
+    p.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    p.add_argument("--watch", action="store_true",
+                   help="score each checkpoint that has no scores, until training has ended")  # fmt: skip
+    p.add_argument("--once", action="store_true",
+                   help="score those that are there and have no scores, then end: for cron")  # fmt: skip
+    p.add_argument("--takeover_after", type=float, metavar="SECONDS",
+                   help=f"another job that is silent for so long is dead; default: {PATIENCE:.0f}")  # fmt: skip
+    p.add_argument("--config", metavar="FILE[:ARGUMENT]",
+                   help="its section eval replaces the run's; --config.eval.KEY=VALUE sets a key")  # fmt: skip
+    p.add_argument("--batch_size", type=int, help="windows at a time; default: as in training")
+    p.add_argument("--tasks", metavar="NAME_OR_YAML,...", help="of lm-evaluation-harness")
+    p.add_argument("--num_fewshot", type=int, help="examples before each item; default: the task's")
+    p.add_argument("--limit", type=int, help="items of each task; default: all")
+    p.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"),
+                   help="two runs by their scores: workdirs, or DIR@STEP")  # fmt: skip
+    return p
 
 
 def main() -> None:
-    parser = flags.make_parser(
-        "evaluate", "Perplexity and bits per byte on the held-out documents.", config=False
-    )
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
-    parser.add_argument("--batch_size", type=int, help="windows at a time; default: as in training")
-    parser.add_argument(
-        "--tasks", help="of lm-evaluation-harness, with commas: names or paths of YAML files"
-    )
-    parser.add_argument(
-        "--num_fewshot", type=int, help="examples before each item; default: the task's"
-    )
-    parser.add_argument("--limit", type=int, help="items of each task; default: all")
-    arguments = flags.parse(parser)
+    arguments = flags.parse(parser())
     _check(arguments)
+    if arguments.compare:
+        compare(*arguments.compare, Console())
+        return
+    job = Job(
+        arguments.workdir,
+        _harness(arguments),
+        arguments.batch_size,
+        arguments.config,
+        tuple(arguments.overrides),
+    )
     xla_flags.apply()
     start_distributed()
-    choose = scoring_rules_for if arguments.tasks else rules_for
-    # A task's figures are compared with those of others, who load the export: in float32.
-    dtype = "float32" if arguments.tasks else None
-    loaded = load_model(arguments.workdir, arguments.step, rules=choose, compute_dtype=dtype)
-    rules = choose(loaded.run)
-    shares = rules.shares("batch")
-    batch_size = arguments.batch_size or -(-loaded.run.train.microbatch_size // shares) * shares
-    if arguments.tasks:
-        run_tasks(arguments, loaded, rules)
-        return
-    evaluation = evaluate(
-        loaded.trained,
-        loaded.tokenizer,
-        loaded.run,
-        rules,
-        arguments.workdir,
-        loaded.step,
-        batch_size,
-    )
-    if evaluation is not None and not evaluation.summary:
-        raise flags.RunError("; ".join(evaluation.problems))
-    if evaluation is None:
-        raise flags.RunError(
-            f"{arguments.workdir} has no held-out documents: see data.held_out_fraction"
-        )
-    if jax.process_index() == 0:
-        show(evaluation, Console())
-        print(f"step {loaded.step}, {count(loaded.model):,} parameters")
-        print(f"scores {evaluation.save(arguments.workdir)}")
+    if arguments.watch or arguments.once:
+        watch(job, once=arguments.once, patience=arguments.takeover_after or PATIENCE)
+    elif job.harness is not None:
+        ask_harness(job, arguments.step)
+    else:
+        score(job, arguments.step)
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Before anything is loaded."""
-    if arguments.tasks is None:
-        wrong = [name for name in ("num_fewshot", "limit") if getattr(arguments, name) is not None]
-        if wrong:
-            raise flags.RunError(f"--{wrong[0]} goes with --tasks")
-        return
-    if not _names(arguments.tasks):
-        raise flags.RunError(f"--tasks {arguments.tasks!r} names no task")
-    for name, least in (("num_fewshot", 0), ("limit", 1)):
+    if (arguments.workdir is None) == (arguments.compare is None):
+        raise flags.RunError("say what to evaluate: --workdir DIR, or --compare RUN_A RUN_B")
+    watched, tasks = arguments.watch or arguments.once, arguments.tasks is not None
+    needs = {
+        "num_fewshot": ("--tasks", tasks),
+        "limit": ("--tasks", tasks),
+        "takeover_after": ("--watch or --once", watched),
+        "step": ("one checkpoint: leave out --watch and --once", not watched),
+    }
+    for name, (other, given) in needs.items():
+        if getattr(arguments, name) is not None and not given:
+            raise flags.RunError(f"--{name} goes with {other}")
+    for name in ("batch_size", "takeover_after"):
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise flags.RunError(f"--{name} {value} must be at least {least}")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise flags.RunError("--tasks needs lm-evaluation-harness: pip install 'llm_jax[eval]'")
+        if value is not None and value < 1:
+            raise flags.RunError(f"--{name} {value} must be at least 1")
 
 
-def _names(tasks: str) -> list[str]:
-    return [task.strip() for task in tasks.split(",") if task.strip()]
+def _harness(arguments: argparse.Namespace) -> harness.Harness | None:
+    if arguments.tasks is None:
+        return None
+    names = tuple(name.strip() for name in arguments.tasks.split(",") if name.strip())
+    if not names:
+        raise flags.RunError(f"--tasks {arguments.tasks!r} names no task")
+    try:
+        return harness.make(harness.Config(names, arguments.num_fewshot, arguments.limit))
+    except ConfigError as error:
+        raise flags.RunError(f"--{error}") from None
 
 
-def run_tasks(arguments: argparse.Namespace, loaded: LoadedModel, rules: AxisRules) -> Path:
-    """Tasks of the harness; writes its results, which `_results_path` names, and prints its table."""
-    from llm_jax.evals import harness
+def watch(job: Job, *, once: bool, patience: float) -> None:
+    """Scores checkpoints as they come; SIGTERM gives the step free that is being scored."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    first = jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first else lambda _: None
+    watcher = Watcher(job.workdir, job.score, say, patience=patience)
+    watcher.run(once=once)
+    if watcher.failed:
+        steps = ", ".join(map(str, watcher.failed))
+        raise flags.RunError(f"steps that could not be scored: {steps}")
+
+
+def score(job: Job, step: int | None) -> None:
+    """One checkpoint, with a table."""
+    step = choose_checkpoint(job.workdir, step)[1]
+    evaluation = measured(job.score(step), job.workdir)
+    if jax.process_index() == 0:
+        show(evaluation, Console())
+        print(f"step {step}, scores {publish(job.workdir, evaluation)}")
+
+
+def ask_harness(job: Job, step: int | None) -> None:
+    """One checkpoint by the harness alone, in its own format and with its own table."""
+    from llm_jax.evals import harness_model
 
     if jax.process_count() > 1:
         raise flags.RunError("tasks run in one process: with one, its devices are used together")
-    rows = arguments.batch_size or rules.shares("batch") * 8
-    length = min(loaded.run.data.sequence_length, 512)
-    scorer = Scorer(loaded.model, rules, batch_tokens=rows * length)
-
-    def make_engine() -> Engine:
-        return Engine(loaded.model, loaded.tokenizer, max_length=scorer.max_length)
-
-    model = harness.HarnessModel(scorer, make_engine, loaded.tokenizer)
-    results = harness.run_tasks(
-        model,
-        _names(arguments.tasks),
-        num_fewshot=arguments.num_fewshot,
-        limit=arguments.limit,
-    )
-    path = _results_path(arguments, loaded.step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    harness.save(results, path)
-    print(harness.table(results))
-    if model.cut:
-        print(f"{model.cut} requests were longer than the model and lost their left side")
+    results, cut, path = job.ask_harness(step)
+    harness_model.save(results, path)
+    print(harness_model.table(results))
+    if cut:
+        print(f"{cut} requests were longer than the model and lost their left side")
     print(f"scores {path}")
-    return path
-
-
-def _results_path(arguments: argparse.Namespace, step: int) -> Path:
-    """WORKDIR/evals/tasks_<step>_<tasks>[_<k>shot][_limit<n>].json: another question, another file."""
-    tasks = "-".join(re.sub(r"\W+", "_", Path(name).stem) for name in _names(arguments.tasks))
-    name = f"tasks_{step}_{tasks[:100]}"
-    if arguments.num_fewshot is not None:
-        name += f"_{arguments.num_fewshot}shot"
-    if arguments.limit is not None:
-        name += f"_limit{arguments.limit}"
-    return arguments.workdir / "evals" / f"{name}.json"
-
-
-def rules_for(run: RunConfig) -> AxisRules:
-    """The mesh of training where the devices that are here make one, else all of them as "fsdp"."""
-    try:
-        rules = make_rules(run.mesh, make_mesh(run.mesh))
-        rules.length_order(run.data.sequence_length)
-        return rules
-    except ValueError:
-        return _in_shares()
-
-
-def scoring_rules_for(run: RunConfig) -> AxisRules:
-    """The same, but no activation is cut along a sequence: a Scorer's are of many lengths."""
-    rules = rules_for(run)
-    cut = rules.shares("length") > 1 or run.mesh.rules == "sequence"
-    return _in_shares() if cut else rules
-
-
-def _in_shares() -> AxisRules:
-    mesh = MeshConfig(data=1, fsdp=-1)
-    return make_rules(mesh, make_mesh(mesh))
-
-
-def count(model: nnx.Module) -> int:
-    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from llm_jax.data.pipeline import Loader, make_loader
 from llm_jax.data.prepare import Prepared, prepare
 from llm_jax.data.progress import Silent, make_progress
 from llm_jax.evals.conclude import conclude
+from llm_jax.evals.evaluation import ask, make_tasks
+from llm_jax.metrics.scores import forget_scores
 from llm_jax.metrics.writer import MetricWriter
 from llm_jax.planner.explain import check_state, out_of_memory, show_step
 from llm_jax.sharding import xla_flags
@@ -60,6 +62,7 @@ def train(run: RunConfig, workdir: Path, title: str, *, explain: bool = False) -
     check_state(program)
     if explain and first:
         show_step(program, run)
+    tasks = make_tasks(run.eval.tasks)  # what is wrong with them is said before anything is done
     prepared = prepare_together(run, workdir, examples=program.objective.examples)
     for line in prepared.lines():
         say(line)
@@ -68,6 +71,8 @@ def train(run: RunConfig, workdir: Path, title: str, *, explain: bool = False) -
     loader = loaders("train", run.train.batch_size)
     checkpointer = Checkpointer(workdir / "checkpoints", run.checkpoint, say=say)
     state, stopping = restore_or_init(run, program, loader, checkpointer, say)
+    if first:
+        forget_scores(workdir, after=int(state.step))
     files = functools.partial(
         RunFiles, to_dict(run), tokenizer=read_folder(prepared.folder / "tokenizer")
     )
@@ -83,6 +88,15 @@ def train(run: RunConfig, workdir: Path, title: str, *, explain: bool = False) -
             writer,
             files=lambda loader_state: files(loader=loader_state),
             held_out=lambda: loaders("held_out", run.train.microbatch_size),
+            ask=lambda step, state: ask(
+                tasks,
+                step,
+                program.model(state),
+                prepared.tokenizer,
+                run,
+                program.rules,
+                writer.message,
+            ),
             stopping=stopping,
         )
         outcome = loop.fit(state)
@@ -96,7 +110,10 @@ def train(run: RunConfig, workdir: Path, title: str, *, explain: bool = False) -
         return outcome.stopped_by
     model, step = final_model(outcome, program, checkpointer, say)
     checkpointer.close()
-    conclude(model, prepared, run, program.rules, workdir, title=title, step=step, epochs=epochs)
+    conclude(
+        model, prepared, run, program.rules, workdir, title=title, step=step, epochs=epochs,
+        tasks=tasks,
+    )  # fmt: skip
     return None
 
 

@@ -1,11 +1,11 @@
 """The state that a run begins with: its newest checkpoint > `init_from` > random parameters."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 
 from llm_jax.checkpoint.manager import Checkpointer, tree_differences
 from llm_jax.checkpoint.source import Source
@@ -49,15 +49,14 @@ def final_model(
 ) -> tuple[Model, int]:
     """The model that a run ends with, and its step: the best one where that was looked for."""
     state, step, best = outcome.state, int(outcome.state.step), outcome.best_step
-    params, extra = state.params, state.extra
     if best is not None and best != step:
         if best in checkpointer.steps():
             say(f"step {best} was the best and is used")
             arrays = checkpointer.restore_params(best, _placed(program))
-            params, extra, step = arrays["params"], arrays["extra"], best
+            state, step = dataclasses.replace(state, **arrays), best
         else:
             say(f"the checkpoint of the best step, {best}, is gone: step {step} is used")
-    return nnx.merge(program.graphdef, nnx.State(params), nnx.State(extra)), step
+    return program.model(state), step
 
 
 def _placed(program: Program) -> dict[str, Any]:

@@ -11,21 +11,27 @@ says so when it finds what a killed run left. Arrays are restored onto whatever 
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from llm_jax.checkpoint.claims import Claims
 from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
+from llm_jax.metrics.scores import read_scores
 from llm_jax.sharding.rules import path_name
 from llm_jax.training.config import CheckpointConfig
 from llm_jax.training.state import TrainState
+from llm_jax.training.stopping import is_larger_better
 
 LOADER, CONFIG, TOKENIZER = "loader.json", "config.json", "tokenizer/"
 STOPPING = "stopping.json"
@@ -105,15 +111,48 @@ class RunFiles:
         return cls(json.loads(files[CONFIG]), json.loads(files[LOADER]), tokenizer, stopping)
 
 
-class _KeepStep:
-    """Orbax's PreservationPolicy for one step; old ones are removed when a new one is on disk."""
+class _Keep:
+    """Orbax's PreservationPolicy: which checkpoints stay when a new one is written.
 
-    def __init__(self):
-        self.step: int | None = None
+    best_step: of early stopping.
+    """
+
+    def __init__(self, config: CheckpointConfig, workdir: Path, say: Callable[[str], None]):
+        self.best_step: int | None = None
+        self._config, self._workdir, self._say = config, workdir, say
+        self._claims = Claims(workdir, f"training on {socket.gethostname()}, process {os.getpid()}")
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Process 0 decides, since what others read and score changes between two looks."""
         del context
-        return [checkpoint.step == self.step for checkpoint in checkpoints]
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = np.zeros(len(steps), bool)
+        if jax.process_index() == 0:
+            wanted = self._wanted(steps)
+            # A claim on what goes, so that nobody begins to read it; where there is one, it stays.
+            kept[:] = [step in wanted or self._claims.take(step) is None for step in steps]
+            self._claims.forget(steps)
+        if jax.process_count() > 1:
+            kept = multihost_utils.broadcast_one_to_all(kept)
+        return kept.tolist()
+
+    def _wanted(self, steps: list[int]) -> set[int]:
+        every, newest = self._config.keep_every, sorted(steps)[-self._config.keep_last :]
+        multiples = [step for step in steps if every is not None and step % every == 0]
+        best = [self.best_step, self._best_by_score(steps)]
+        return {step for step in (*newest, *multiples, *best) if step is not None}
+
+    def _best_by_score(self, steps: Sequence[int]) -> int | None:
+        metric = self._config.keep_best
+        if metric is None:
+            return None
+        scores = {step: of for step, of in read_scores(self._workdir).items() if step in steps}
+        known = {step: of[metric] for step, of in scores.items() if of.get(metric) is not None}
+        if scores and not known:
+            names = sorted({name for of in scores.values() for name in of})
+            self._say(f"checkpoint.keep_best {metric!r} is no score; there are: {', '.join(names)}")
+        sign = 1 if is_larger_better(metric) else -1
+        return max(known, key=lambda step: (sign * known[step], step), default=None)
 
 
 class Checkpointer:
@@ -129,18 +168,13 @@ class Checkpointer:
         """config None: read only."""
         self.directory, self.config, self._say = Path(directory).absolute(), config, say
         self._saving: int | None = None
-        self._best = _KeepStep()
-        policies = ocp.training.preservation_policies
-        keep = None
+        self._keep: _Keep | None = None
         if config is not None:
             self._remove_leftovers()
-            keep = policies.AnyPreservationPolicy(
-                [policies.LatestN(config.keep_last), self._best]
-                + ([policies.EveryNSteps(config.keep_every)] if config.keep_every else [])
-            )
+            self._keep = _Keep(config, self.directory.parent, say)
         else:
             steps_in(self.directory)
-        self._orbax = ocp.training.Checkpointer(self.directory, preservation_policy=keep)
+        self._orbax = ocp.training.Checkpointer(self.directory, preservation_policy=self._keep)
 
     def _remove_leftovers(self) -> None:
         for path in sorted(self.directory.glob("*.orbax-checkpoint-tmp*")):
@@ -157,11 +191,11 @@ class Checkpointer:
     def save(self, step: int, state: TrainState, run: RunFiles) -> None:
         """Copies the state off the devices and writes it in the background.
 
-        The checkpoint of `run.best_step` is kept. Waits for the save before it, and raises what went wrong
-        there.
+        The checkpoint of `run.best_step` is kept, and any that an evaluation job reads. Waits for the save
+        before it, and raises what went wrong there.
         """
         self.wait()
-        self._best.step = run.best_step
+        self._keep.best_step = run.best_step
         items = {
             "model": {"params": state.params, "extra": state.extra},
             "optimizer": {

@@ -58,17 +58,17 @@ def load(path: str, overrides: Sequence[str] = ()) -> "ml_collections.ConfigDict
         config = module.get_config(argument) if argument else module.get_config()
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    plain = _plain(config)
+    sections = plain(config)
     for override in overrides:
-        set_override(plain, override)
-    return ml_collections.ConfigDict(plain, type_safe=False)
+        set_override(sections, override)
+    return ml_collections.ConfigDict(sections, type_safe=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dicts and lists all the way down: ConfigDicts refuse to change a value's type."""
     if _is_section(value):
-        return {key: _plain(value[key]) for key in value}
-    return [_plain(v) for v in value] if isinstance(value, list) else value
+        return {key: plain(value[key]) for key in value}
+    return type(value)(map(plain, value)) if isinstance(value, list | tuple) else value
 
 
 def _is_section(value: Any) -> bool:
@@ -129,13 +129,21 @@ def component(kind: str, name: str) -> types.ModuleType:
     """
     package = importlib.import_module(f"llm_jax.{kind}")
     found = {m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "__main__"}
-    importable = lambda n: importlib.import_module(f"llm_jax.{kind}.{n}")  # noqa: E731
-    if name in found and hasattr(importable(name), "make"):
-        return importable(name)
-    choices = sorted(n for n in found if hasattr(importable(n), "make"))
+    if name in found:
+        module = importlib.import_module(f"llm_jax.{kind}.{name}")
+        if hasattr(module, "make"):
+            return module
+    choices = sorted(n for n in found if _offers_make(f"llm_jax.{kind}.{n}"))
     raise ConfigError(
         f"{kind} has no {name!r}{nearest(name, choices)}; choices: {', '.join(choices)}"
     )
+
+
+def _offers_make(name: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(name), "make")
+    except ImportError:  # of an extra that is not installed; what is chosen by name does without
+        return False
 
 
 def parse(cls: type, section: Mapping | None, where: str = "config") -> Any:

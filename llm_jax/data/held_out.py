@@ -13,8 +13,8 @@ from llm_jax.data.sources import open_source, source_key
 
 def held_out_documents(
     data: DataConfig, workdir: Path, most_bytes: int | None = None
-) -> Iterator[Document]:
-    """Held-out documents, source by source, in the order of their index.
+) -> Iterator[tuple[str, Document]]:
+    """(path of the source, held-out document), source by source, in the order of their index.
 
     Args:
       most_bytes: about how much text to give in all, shared evenly by the sources; None for all.
@@ -38,7 +38,7 @@ def held_out_documents(
                 break
             if document.is_held_out:
                 given += document.text_bytes
-                yield document
+                yield config.path, document
 
 
 def held_out_records(data: DataConfig, workdir: Path) -> Iterator[dict[str, Any]]:

@@ -8,12 +8,29 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from llm_jax.core.config import ConfigError
+from llm_jax.evals.findings import Findings, Items
+from llm_jax.evals.records import read_records
 from llm_jax.evals.sandbox import run_code
-from llm_jax.generate.engine import Engine
+from llm_jax.evals.subject import Subject
 from llm_jax.generate.sampler import SamplingConfig
 
 # What ends a function at the left margin (Chen et al. 2021, section 3.2).
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint")
+
+SAMPLING = SamplingConfig(temperature=0.2, top_p=0.95, max_tokens=256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """path: JSON lines of problems; the rest as of PassAtK."""
+
+    path: str
+    sampling: SamplingConfig = SAMPLING
+    num_samples: int = 1
+    ks: tuple[int, ...] = (1,)
+    seconds: int = 5
+    name: str = "code"
+    label: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +59,11 @@ class PassAtK:
         if wrong:
             raise ConfigError(f"pass@{wrong[0]}: k must lie in 1..num_samples, {self.num_samples}")
 
-    def run(self, engine: Engine) -> dict[str, float]:
+    def run(self, subject: Subject) -> Findings:
         """pass@k for each k, in 0..1, and the number of problems."""
         repeated = [problem for problem in self.problems for _ in range(self.num_samples)]
         sampling = dataclasses.replace(self.sampling, stops=(*self.sampling.stops, *STOPS))
-        completions = engine.generate([problem.prompt for problem in repeated], sampling)
+        completions = subject.engine.generate([p.prompt for p in repeated], sampling)
         programs = [
             f"{problem.prompt}{completion.text}\n{problem.tests}\n"
             for problem, completion in zip(repeated, completions, strict=True)
@@ -54,11 +71,13 @@ class PassAtK:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             passed = pool.map(lambda code: run_code(code, seconds=self.seconds).passed, programs)
             counts = np.array(list(passed), int).reshape(-1, self.num_samples).sum(axis=1)
-        scores = {
-            f"pass@{k}": float(np.mean([pass_at_k(self.num_samples, int(c), k) for c in counts]))
+        items = {
+            f"pass@{k}": Items.of(
+                self.problems, [pass_at_k(self.num_samples, int(c), k) for c in counts]
+            )
             for k in self.ks
         }
-        return scores | {"problems": len(self.problems)}
+        return Findings.of_items(items, problems=len(self.problems))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -66,3 +85,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if n - c < k:
         return 1.0
     return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+def make(config: Config) -> PassAtK:
+    return PassAtK(
+        read_records(config.path, Problem),
+        config.sampling,
+        config.num_samples,
+        config.ks,
+        config.seconds,
+    )

@@ -1,177 +1,25 @@
-"""What a finished run shows: its evaluators' scores, samples, and the report.
+"""What a finished run shows: its evaluation, samples, and the report."""
 
-An objective names its evaluators: perplexity and compression file by file for text, its own metrics over
-the held-out split, generated text against the targets.
-"""
-
-import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 from rich.console import Console
-from rich.table import Table
 
-from llm_jax.core.config import ConfigError, component, to_dict
+from llm_jax.core.config import ConfigError, to_dict
 from llm_jax.core.types import Model, Tokenizer
-from llm_jax.data.held_out import held_out_documents
 from llm_jax.data.prepare import Prepared
-from llm_jax.evals.exact_match import ExactMatch
-from llm_jax.evals.held_out import HeldOut
-from llm_jax.evals.perplexity import (
-    Comparison,
-    Document,
-    Perplexity,
-    compare_with_compressors,
-    summarize,
-)
+from llm_jax.evals.evaluation import Evaluation, Evaluator, evaluate
+from llm_jax.evals.show import show
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.metrics.report import write_report
-from llm_jax.nn.precision import with_precision
+from llm_jax.metrics.scores import collect_scores
 from llm_jax.sharding.rules import AxisRules
 from llm_jax.training.config import RunConfig
 from llm_jax.transforms import merged
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """summary: by the evaluators; files: by model and by compressors, worst first, where text is scored.
-
-    examples: (source, generated text, target) where texts are generated, the wrong ones first.
-    problems: what could not be measured and why, a line each.
-    """
-
-    step: int
-    summary: dict[str, float]
-    files: list[Comparison] = dataclasses.field(default_factory=list)
-    examples: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
-    problems: list[str] = dataclasses.field(default_factory=list)
-
-    def save(self, workdir: Path) -> Path:
-        """Writes WORKDIR/evals/scores_<step>.json, whole or not at all."""
-        path = workdir / "evals" / f"scores_{self.step}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        partial.rename(path)
-        return path
-
-    def compressors(self) -> dict[str, float]:
-        """Bits per byte over all files, for "gzip" and "xz"."""
-        size = max(sum(f.bytes for f in self.files), 1)
-        return {
-            name: sum(getattr(f, name) * f.bytes for f in self.files) / size
-            for name in ("gzip", "xz")
-        }
-
-
-def evaluate(
-    model: Model,
-    tokenizer: Tokenizer,
-    run: RunConfig,
-    rules: AxisRules,
-    workdir: Path,
-    step: int,
-    batch_size: int,
-) -> Evaluation | None:
-    """Runs the objective's evaluators on what a run holds out; None when that is no text.
-
-    What one of them cannot do is among the `problems`, and the others' scores stay. In the compute dtype
-    throughout, also after training in `matmul_dtype`: what is scored is what a checkpoint loads and
-    exports as.
-    """
-    objective = component("objectives", run.objective.name).make(run.objective)
-    precision = dataclasses.replace(model.precision, matmul_dtype=None)
-    model = with_precision(nnx.clone(model), precision)
-    evaluation = Evaluation(step, {})
-    run_by_name = {
-        # With what transforms keep beside the model: DPO asks for it.
-        "held_out": lambda: evaluation.summary.update(
-            HeldOut(objective, tokenizer, run, workdir, batch_size).run(model, rules)
-        ),
-        "exact_match": lambda: _match_texts(
-            evaluation, ExactMatch(objective, tokenizer, run, workdir), merged(model), rules
-        ),
-        "perplexity": lambda: _score_texts(
-            evaluation, merged(model), tokenizer, run, rules, workdir, batch_size
-        ),
-    }
-    for name in objective.evaluators:
-        try:
-            run_by_name[name]()
-        except ConfigError as error:
-            evaluation.problems.append(str(error))
-    return evaluation if evaluation.summary or evaluation.problems else None
-
-
-def _match_texts(evaluation, exact_match, model, rules) -> None:
-    if jax.process_count() == 1:  # one process alone can generate
-        evaluation.summary.update(exact_match.run(model, rules))
-        evaluation.examples.extend(exact_match.examples)
-
-
-def _score_texts(evaluation, model, tokenizer, run, rules, workdir, batch_size) -> None:
-    found = held_out_documents(run.data, workdir, run.eval.final_bytes)
-    documents = [Document(d.name, d.text) for d in found]
-    if not documents:
-        return
-    perplexity = Perplexity(
-        documents, tokenizer, run.data.sequence_length, batch_size, run.eval.context
-    )
-    scores = perplexity.score(model, rules)
-    evaluation.summary.update(summarize(scores))
-    files = compare_with_compressors(documents, scores)
-    evaluation.files.extend(sorted(files, key=lambda f: f.model / f.gzip, reverse=True))
-
-
-def show(evaluation: Evaluation, console: Console, most_files: int = 12) -> None:
-    """What the evaluators found, as tables."""
-    for problem in evaluation.problems:
-        console.print(problem, markup=False)
-    if not evaluation.summary:
-        return
-    if evaluation.files:
-        _show_files(evaluation, console, most_files)
-        return
-    table = Table(title="held out", title_justify="left")
-    table.add_column("metric")
-    table.add_column("mean", justify="right")
-    for name, value in evaluation.summary.items():
-        table.add_row(name, f"{value:.4f}")
-    console.print(table)
-    for source, text, target in evaluation.examples[:3]:
-        console.print(f"{source!r} -> {text!r}, wanted {target!r}", markup=False, highlight=False)
-
-
-def _show_files(evaluation: Evaluation, console: Console, most_files: int) -> None:
-    """The comparison with compressors, the files that the model does worst on first."""
-    table = Table(title="held-out bits per byte", title_justify="left")
-    for name in ("file", "bytes", "model", "gzip -9", "xz -9"):
-        table.add_column(name, justify="left" if name == "file" else "right", overflow="fold")
-    for f in evaluation.files[:most_files]:
-        table.add_row(f.name, f"{f.bytes:,}", *(f"{x:.3f}" for x in (f.model, f.gzip, f.xz)))
-    others = len(evaluation.files) - most_files
-    if others > 0:
-        table.add_row(f"... {others} more, where it does better", "", "", "", "")
-    total = evaluation.compressors()
-    bits = evaluation.summary["bits_per_byte"]
-    table.add_section()
-    table.add_row(
-        f"all {len(evaluation.files)}",
-        f"{evaluation.summary['bytes']:,}",
-        *(f"[bold]{x:.3f}[/]" for x in (bits, total["gzip"], total["xz"])),
-    )
-    console.print(table)
-    better = {
-        name: sum(f.model < getattr(f, name) for f in evaluation.files) for name in ("gzip", "xz")
-    }
-    console.print(
-        f"perplexity {evaluation.summary['perplexity']:.2f} per token; beats gzip -9 on "
-        f"{better['gzip']} and xz -9 on {better['xz']} of {len(evaluation.files)} files"
-    )
 
 
 def sample(model: Model, tokenizer: Tokenizer, run: RunConfig) -> list[dict[str, str]]:
@@ -253,6 +101,7 @@ def conclude(
     title: str,
     step: int,
     epochs: dict[str, float],
+    tasks: Mapping[str, Evaluator],
 ) -> Evaluation | None:
     """Evaluates, samples and reports; process 0 prints and writes."""
     console = Console(soft_wrap=not Console().is_terminal)
@@ -262,7 +111,9 @@ def conclude(
         console.print("evaluating on held-out documents")
     evaluation, samples = None, []
     try:
-        evaluation = evaluate(model, prepared.tokenizer, run, rules, workdir, step, batch_size)
+        evaluation = evaluate(
+            model, prepared.tokenizer, run, rules, workdir, step, batch_size, tasks
+        )
         samples = sample(model, prepared.tokenizer, run) if jax.process_count() == 1 else []
     except ConfigError as error:  # the corpus is gone, a prompt is too long: report what there is
         console.print(str(error), markup=False)
@@ -274,6 +125,7 @@ def conclude(
         show(evaluation, console)
         if evaluation.summary:
             evaluation.save(workdir)
+            collect_scores(workdir)
     for item in samples:
         console.rule(f"sample: {item['prompt']!r}", align="left")
         # An answer does not go on from its prompt.

@@ -5,12 +5,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from llm_jax.core.types import Model, Tokenizer
 from llm_jax.data.held_out import held_out_records
+from llm_jax.evals.findings import Findings
+from llm_jax.evals.subject import Subject
 from llm_jax.generate.beam import BeamConfig
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
-from llm_jax.sharding.rules import AxisRules
 from llm_jax.training.config import RunConfig
 
 _BATCH = 128
@@ -24,25 +24,23 @@ class ExactMatch:
     """
 
     objective: Any
-    tokenizer: Tokenizer
     config: RunConfig
     workdir: Path
     examples: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
 
-    def run(self, model: Model, rules: AxisRules) -> dict[str, float]:
+    def run(self, subject: Subject) -> Findings:
         """exact_match, and exact_match_beams where eval.num_beams is above 1: shares in 0..1.
 
         Over the first `eval.generate_examples` held-out records.
         """
-        del rules  # the shardings of the parameters say where it runs
         records = held_out_records(self.config.data, self.workdir)
         records = itertools.islice(records, self.config.eval.generate_examples)
         pairs = self.objective.texts(list(records))
         if not pairs:
-            return {}
+            return Findings({})
         sources, targets = zip(*pairs, strict=True)
-        longest = max(len(self.tokenizer.encode(target)) for target in targets) + 1
-        engine = Engine(model, self.tokenizer, batch_size=_BATCH)
+        longest = max(len(subject.tokenizer.encode(target)) for target in targets) + 1
+        engine = Engine(subject.model, subject.tokenizer, batch_size=_BATCH)
         room = min(longest + longest // 4 + 2, engine.max_length)  # a text too long is wrong anyway
         greedy = engine.generate(sources, SamplingConfig(temperature=0.0, max_tokens=room))
         texts = [completion.text for completion in greedy]
@@ -53,7 +51,7 @@ class ExactMatch:
         if beams > 1:
             best = engine.beam_search(sources, BeamConfig(beams, 0.6, "gnmt", max_tokens=room))
             result["exact_match_beams"] = _share([h[0].text for h in best], targets)
-        return result
+        return Findings(result)
 
 
 def _share(texts, targets) -> float:

@@ -6,11 +6,24 @@ import re
 import string
 from collections.abc import Sequence
 
-import numpy as np
-
 from llm_jax.core.config import ConfigError
-from llm_jax.generate.engine import Engine
+from llm_jax.evals.findings import Findings, Items
+from llm_jax.evals.records import read_records
+from llm_jax.evals.subject import Subject
 from llm_jax.generate.sampler import SamplingConfig
+
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """path: JSON lines of prompts. sampling: greedy by default. bleu_words: see Generation."""
+
+    path: str
+    sampling: SamplingConfig = GREEDY
+    bleu_words: str = "13a"
+    name: str = "generation"
+    label: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +42,7 @@ class Prompt:
 class Generation:
     """An evaluator of models that generate.
 
-    bleu_words: sacrebleu's way to cut words, such as "13a",
-    "zh", "char".
+    bleu_words: sacrebleu's way to cut words, such as "13a", "zh", "char".
     """
 
     prompts: Sequence[Prompt]
@@ -40,17 +52,21 @@ class Generation:
     def __post_init__(self):
         _sacrebleu(self.bleu_words)  # before hours of generation, not after
 
-    def run(self, engine: Engine) -> dict[str, float]:
+    def run(self, subject: Subject) -> Findings:
         """exact_match and f1, means in 0..1 of the best over an answer's references; bleu, chrf in 0..100."""
-        completions = engine.generate([prompt.text for prompt in self.prompts], self.sampling)
+        texts = [prompt.text for prompt in self.prompts]
+        completions = subject.engine.generate(texts, self.sampling)
         answers = [completion.text.strip() for completion in completions]
         references = [prompt.references for prompt in self.prompts]
-        return {
-            "exact_match": _mean_of_best(exact_match, answers, references),
-            "f1": _mean_of_best(word_f1, answers, references),
-            **corpus_scores(answers, references, self.bleu_words),
-            "generated": len(answers),
+        best = {
+            name: [max(score(a, r) for r in rs) for a, rs in zip(answers, references, strict=True)]
+            for name, score in (("exact_match", exact_match), ("f1", word_f1))
         }
+        return Findings.of_items(
+            {name: Items.of(self.prompts, values) for name, values in best.items()},
+            **corpus_scores(answers, references, self.bleu_words),
+            generated=len(answers),
+        )
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -103,6 +119,5 @@ def _sacrebleu(bleu_words: str):
     return sacrebleu
 
 
-def _mean_of_best(score, answers: Sequence[str], references: Sequence[tuple[str, ...]]) -> float:
-    best = [max(score(a, r) for r in rs) for a, rs in zip(answers, references, strict=True)]
-    return float(np.mean(best))
+def make(config: Config) -> Generation:
+    return Generation(read_records(config.path, Prompt), config.sampling, config.bleu_words)

@@ -1,200 +1,89 @@
-"""EleutherAI's lm-evaluation-harness on our models: its tasks and its figures, our scorer and engine.
+"""Tasks of lm-evaluation-harness as an evaluator, by config and by `evaluate --tasks` (extra `eval`)."""
 
-Tokens are cut and texts truncated as by its own Hugging Face backend with a bos in front, so that both give the
-same figures (tests/evals/test_harness.py holds them side by side). Needs the extra `eval`.
-"""
-
-import collections
-import functools
-import json
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import dataclasses
+import importlib.util
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
-import datasets
-import jinja2
-import yaml
-from lm_eval import simple_evaluate
-from lm_eval.api.model import TemplateLM
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import (
-    get_rolling_token_windows,
-    handle_non_serializable,
-    make_disjoint_window,
-    make_table,
-)
-
 from llm_jax.core.config import ConfigError
-from llm_jax.core.types import Tokenizer
-from llm_jax.evals.scorer import Request, Scorer
-from llm_jax.generate.engine import Engine
-from llm_jax.generate.sampler import SamplingConfig
-
-# What a task's file, its data or its templates cause, deep in three libraries.
-_NOT_OURS = (OSError, ValueError, KeyError, TypeError, AssertionError, yaml.YAMLError,
-             jinja2.TemplateError, datasets.exceptions.DatasetsError)  # fmt: skip
-_MAX_TOKENS = 256  # of an answer, where a task does not say
+from llm_jax.evals.findings import Findings, Items
+from llm_jax.evals.subject import Subject
 
 
-class HarnessModel(TemplateLM):
-    """What the harness asks of a model; cut: how many requests were longer than the model.
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """tasks: names of the harness, or paths of YAML files.
 
-    make_engine: called once a task generates; an engine has parameters of its own.
+    num_fewshot: examples before each item; None: the task's own. limit: items of each task; None: all.
     """
 
-    def __init__(self, scorer: Scorer, make_engine: Callable[[], Engine], tokenizer: Tokenizer):
-        super().__init__()
-        self.tokenizer_of_model, self.scorer = tokenizer, scorer
-        self._engine = functools.cache(make_engine)
-        self.cut = 0
+    tasks: tuple[str, ...]
+    num_fewshot: int | None = None
+    limit: int | None = None
+    name: str = "harness"
+    label: str | None = None
 
-    @property
-    def eot_token_id(self) -> int:
-        return self.tokenizer_of_model.eos_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self.tokenizer_of_model.bos_id
-
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        ids = self.tokenizer_of_model.encode(string)
-        return ids if add_special_tokens is False else [self.tokenizer_of_model.bos_id, *ids]
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The harness's cut, but never nothing: a continuation may be part of the context's last token."""
-        context_ids, asked = super()._encode_pair(context, continuation)
-        if not asked:
-            request = Request.of(self.tokenizer_of_model, context, continuation)
-            context_ids, asked = list(request.context), list(request.continuation)
-        return context_ids, asked
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        found = self.scorer.score([Request(context, asked) for _, context, asked in requests])
-        self.cut += sum(one.cut > 0 for one in found)
-        return [(one.total, one.greedy) for one in found]
-
-    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        owners, windows = [], []
-        for number, request in enumerate(requests):
-            (text,) = request.args
-            rolling = get_rolling_token_windows(
-                self.tok_encode(text), self.prefix_token_id, self.scorer.max_length, context_len=1
-            )
-            for window in rolling:
-                context, asked = make_disjoint_window(window)
-                owners.append(number)
-                windows.append(Request(context, asked))
-        totals = [0.0] * len(requests)
-        for owner, one in zip(owners, self.scorer.score(windows), strict=True):
-            totals[owner] += one.total
-        return totals
-
-    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        by_settings = collections.defaultdict(list)
-        for number, request in enumerate(requests):
-            context, settings = request.args
-            by_settings[json.dumps(settings, sort_keys=True)].append((number, context))
-        texts = [""] * len(requests)
-        for settings, group in by_settings.items():
-            config = _sampling(json.loads(settings))
-            room = self.scorer.max_length - config.max_tokens
-            if room < 1:
-                raise ConfigError(
-                    f"a task asks for {config.max_tokens} new tokens, the model has "
-                    f"{self.scorer.max_length} in all: set max_gen_toks"
-                )
-            prompts = [self.tok_encode(context) for _, context in group]
-            self.cut += sum(len(prompt) > room for prompt in prompts)
-            numbers = [number for number, _ in group]
-            done = self._engine().generate(
-                [prompt[-room:] for prompt in prompts], config, row_numbers=numbers
-            )
-            for number, completion in zip(numbers, done, strict=True):
-                texts[number] = completion.text
-        return texts
+    def __post_init__(self):
+        if not self.tasks:
+            raise ConfigError("harness.tasks is empty: name tasks, or paths of YAML files")
+        for field, least in (("num_fewshot", 0), ("limit", 1)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise ConfigError(f"{field} {value} must be at least {least}")
 
 
-def _sampling(settings: dict[str, Any]) -> SamplingConfig:
-    """The harness's `generation_kwargs`, of which it passes what transformers would be told."""
-    until = settings.get("until") or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
-    limits = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    max_tokens = next((settings[name] for name in limits if settings.get(name)), _MAX_TOKENS)
-    temperature = float(settings.get("temperature") or 0.0)
-    sampled = bool(settings.get("do_sample", temperature > 0)) and temperature > 0
-    return SamplingConfig(
-        temperature=temperature if sampled else 0.0,
-        top_k=(settings.get("top_k") or None) if sampled else None,
-        top_p=(settings.get("top_p") or None) if sampled else None,
-        max_tokens=int(max_tokens),
-        stops=tuple(stop for stop in until if stop),
-    )
+@dataclasses.dataclass(frozen=True)
+class Harness:
+    """An evaluator of models that generate; in float32 its figures are those of others on the export."""
 
+    config: Config
 
-def run_tasks(
-    model: HarnessModel,
-    tasks: Sequence[str],
-    *,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """The harness's own results, of tasks by name or by the path of a YAML file.
+    def run(self, subject: Subject) -> Findings:
+        """TASK/METRIC of every task, and cut, requests that did not fit into the model whole."""
+        results, cut = self.results(subject)
+        return found_in(results, cut)
 
-    Raises:
-      ConfigError: a task that it does not know, or that cannot be read.
-    """
-    paths = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise ConfigError(f"there is no task file {missing[0]}")
-    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
-    # A group in a file names tasks of the harness.
-    groups = [path for path in paths if "group:" in path.read_text(encoding="utf-8")]
-    manager = _manager(bool(names or groups))
-    matched = {name: manager.match_tasks([name]) for name in names}
-    unknown = [name for name, found in matched.items() if not found]
-    if unknown:
-        raise ConfigError(
-            f"the harness knows no task {unknown[0]!r}: lm-eval ls tasks lists them; or give the path of a "
-            "YAML file"
+    def results(self, subject: Subject) -> tuple[dict[str, Any], int]:
+        """What the harness returns, and how many requests were cut."""
+        from llm_jax.evals import harness_model
+
+        model = harness_model.HarnessModel(subject)
+        config = self.config
+        results = harness_model.run_tasks(
+            model, config.tasks, num_fewshot=config.num_fewshot, limit=config.limit
         )
-    # Its bootstrap forks, which a process with jax's threads must not.
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    try:
-        return simple_evaluate(
-            model=model,
-            tasks=[*(name for found in matched.values() for name in found), *map(str, paths)],
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=1000,
-        )
-    except ConfigError:
-        raise
-    except _NOT_OURS as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigError(f"tasks {', '.join(tasks)}: {said[:300]}") from error
+        return results, model.cut
 
 
-def table(results: dict[str, Any]) -> str:
-    """As the harness prints it."""
-    return make_table(results)
+def make(config: Config) -> Harness:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("tasks need lm-evaluation-harness: pip install 'llm_jax[eval]'")
+    return Harness(config)
 
 
-@functools.cache
-def _manager(with_defaults: bool) -> TaskManager:
-    """Reads the head of each of the harness's thousands of files, where a task is asked for by name."""
-    return TaskManager(include_defaults=with_defaults)
+def found_in(results: Mapping[str, Any], cut: int) -> Findings:
+    """The harness's figures without those of their errors; each item's, where the samples have it."""
+    summary, items = {}, {}
+    for task, figures in results["results"].items():
+        for key, value in figures.items():
+            metric, _, chosen_by = key.partition(",")
+            if not chosen_by or metric.endswith("_stderr") or not isinstance(value, Real):
+                continue
+            # "none" is no filter of the answers.
+            name = f"{task}/{metric}" + ("" if chosen_by == "none" else f"/{chosen_by}")
+            summary[name] = float(value)
+            found = _items(results.get("samples", {}).get(task, ()), metric, chosen_by)
+            if found is not None:
+                items[name] = found
+    return Findings(summary | {"cut": cut}, items)
 
 
-def save(results: dict[str, Any], path: Path) -> None:
-    """In the harness's format, with each item's scores."""
-    text = json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.rename(path)
+def _items(samples: Sequence[Mapping[str, Any]], metric: str, chosen_by: str) -> Items | None:
+    """A mean's items; of other figures, such as perplexity or F1 of all, samples hold no number."""
+    chosen = [sample for sample in samples if sample.get("filter", "none") == chosen_by]
+    values = [sample.get(metric) for sample in chosen]
+    if not values or not all(isinstance(value, Real) for value in values):
+        return None
+    names = tuple(f"{sample['doc_hash'][:16]}#{sample['doc_id']}" for sample in chosen)
+    return Items(names, tuple(map(float, values)), (1.0,) * len(values))

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm_jax.core.types import Batch, Model, Objective, Tokenizer, Weighted
+from llm_jax.core.types import Batch, Objective, Weighted
 from llm_jax.data.pipeline import make_loader
+from llm_jax.evals.findings import Findings
+from llm_jax.evals.subject import Subject
 from llm_jax.sharding.place import row_share, to_global_batch
 from llm_jax.sharding.rules import AxisRules, use_rules
 from llm_jax.training.config import RunConfig
@@ -19,40 +21,39 @@ from llm_jax.training.step import evaluation_step
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """An evaluator for any objective; batch_size: rows at a time."""
+    """An evaluator for any objective."""
 
     objective: Objective
-    tokenizer: Tokenizer
     config: RunConfig
     workdir: Path
-    batch_size: int
 
-    def run(self, model: Model, rules: AxisRules) -> dict[str, float]:
+    def run(self, subject: Subject) -> Findings:
         """loss and the objective's metrics, each the weighted mean over the whole split.
 
         Raises:
           ConfigError: nothing is held out.
         """
-        share = row_share(rules, self.batch_size)
+        rules, batch_size = subject.rules, subject.batch_size
+        share = row_share(rules, batch_size)
         loader = make_loader(
             self.config.data,
             workdir=self.workdir,
-            tokenizer=self.tokenizer,
+            tokenizer=subject.tokenizer,
             objective=self.objective,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             split="held_out",
             process_index=share.index,
             process_count=share.count,
         )
-        graphdef, params, extra = nnx.split(model, nnx.Param, ...)
+        graphdef, params, extra = nnx.split(subject.model, nnx.Param, ...)
         step = jax.jit(functools.partial(_sums, graphdef, self.objective, rules))
         total: dict[str, Weighted] | None = None
         with contextlib.closing(loader):
             for rows in loader:
-                batch = to_global_batch(rows, rules, self.batch_size)
+                batch = to_global_batch(rows, rules, batch_size)
                 sums = step(params, extra, batch)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        return {name: float(value.mean) for name, value in (total or {}).items()}
+        return Findings({name: float(value.mean) for name, value in (total or {}).items()})
 
 
 def _sums(

@@ -15,38 +15,47 @@ from flax import nnx
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Model, Tokenizer
+from llm_jax.evals.findings import Findings, Items
+from llm_jax.evals.records import read_records
 from llm_jax.evals.scorer import padded_length
+from llm_jax.evals.subject import Subject
 from llm_jax.sharding.place import to_global_batch
 from llm_jax.sharding.rules import AxisRules, use_rules
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
-    texts: Sequence[str]
-    labels: Sequence[str]
+class Config:
+    """train, test: files of JSON lines of labelled texts."""
 
-    def __post_init__(self):
-        if len(self.texts) != len(self.labels):
-            raise ConfigError(f"{len(self.texts)} texts have {len(self.labels)} labels")
+    train: str
+    test: str
+    name: str = "linear_probe"
+    label: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    text: str
+    label: str
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearProbe:
     """An evaluator of every model that captures "residual": decoders and encoders."""
 
-    train: Labelled
-    test: Labelled
-    tokenizer: Tokenizer
+    train: Sequence[Labelled]
+    test: Sequence[Labelled]
     batch_tokens: int = 4096
 
     def __post_init__(self):
-        unknown = sorted(set(self.test.labels) - set(self.train.labels))
+        known = {example.label for example in self.train}
+        unknown = sorted({example.label for example in self.test} - known)
         if unknown:
             raise ConfigError(f"label {unknown[0]!r} is tested, but no text to train on has it")
-        if len(set(self.train.labels)) < 2:
+        if len(known) < 2:
             raise ConfigError("a probe needs texts of two labels at least")
 
-    def run(self, model: Model, rules: AxisRules) -> dict[str, float]:
+    def run(self, subject: Subject) -> Findings:
         """Accuracies in 0..1 on the tested texts: layer/1, layer/2, ... and majority, of the commonest label."""
         try:
             from sklearn.linear_model import LogisticRegression
@@ -55,16 +64,28 @@ class LinearProbe:
         except ImportError as error:
             raise ConfigError("a probe needs scikit-learn: pip install 'llm_jax[eval]'") from error
 
-        seen = hidden_means(model, self.train.texts, self.tokenizer, rules, self.batch_tokens)
-        tried = hidden_means(model, self.test.texts, self.tokenizer, rules, self.batch_tokens)
-        labels, wanted = np.array(self.train.labels), np.array(self.test.labels)
-        scores = {}
-        for layer in range(seen.shape[1]):
+        states, labels = [], []
+        for split in (self.train, self.test):
+            texts = [example.text for example in split]
+            states.append(
+                hidden_means(
+                    subject.model, texts, subject.tokenizer, subject.rules, self.batch_tokens
+                )
+            )
+            labels.append(np.array([example.label for example in split]))
+        items = {}
+        for layer in range(states[0].shape[1]):
             probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-            probe.fit(seen[:, layer], labels)
-            scores[f"layer/{layer + 1}"] = float(probe.score(tried[:, layer], wanted))
-        names, counts = np.unique(labels, return_counts=True)
-        return scores | {"majority": float(np.mean(wanted == names[counts.argmax()]))}
+            probe.fit(states[0][:, layer], labels[0])
+            right = probe.predict(states[1][:, layer]) == labels[1]
+            items[f"layer/{layer + 1}"] = Items.of(self.test, right)
+        names, counts = np.unique(labels[0], return_counts=True)
+        majority = float(np.mean(labels[1] == names[counts.argmax()]))
+        return Findings.of_items(items, majority=majority)
+
+
+def make(config: Config) -> LinearProbe:
+    return LinearProbe(read_records(config.train, Labelled), read_records(config.test, Labelled))
 
 
 def hidden_means(

@@ -10,9 +10,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from llm_jax.core.config import ConfigError
-from llm_jax.core.types import Tokenizer
 from llm_jax.evals.calibration import calibration_error
-from llm_jax.evals.scorer import Request, Scorer
+from llm_jax.evals.findings import Findings, Items
+from llm_jax.evals.records import read_records
+from llm_jax.evals.scorer import Request
+from llm_jax.evals.subject import Subject
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """path: JSON lines of questions."""
+
+    path: str
+    name: str = "multiple_choice"
+    label: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +47,8 @@ class MultipleChoice:
     """An evaluator of causal models."""
 
     questions: Sequence[Question]
-    tokenizer: Tokenizer
 
-    def run(self, scorer: Scorer) -> dict[str, float]:
+    def run(self, subject: Subject) -> Findings:
         """Shares of right answers in 0..1, by each way to compare; what else is known of them.
 
         accuracy, accuracy_per_byte, accuracy_per_token; calibration_error, of the softmax over the choices'
@@ -47,9 +57,9 @@ class MultipleChoice:
         requests = [
             request
             for question in self.questions
-            for request in Request.several(self.tokenizer, question.context, question.choices)
+            for request in Request.several(subject.tokenizer, question.context, question.choices)
         ]
-        scores = iter(scorer.score(requests))
+        scores = iter(subject.scorer.score(requests))
         by_name: dict[str, list[bool]] = {"": [], "_per_byte": [], "_per_token": []}
         confidences, num_cut = [], 0
         for question in self.questions:
@@ -62,9 +72,13 @@ class MultipleChoice:
                 by_name[name].append(chosen == question.answer)
             confidences.append(1 / np.exp(totals - totals.max()).sum())
             num_cut += any(one.cut for one in found)
-        accuracies = {f"accuracy{name}": float(np.mean(right)) for name, right in by_name.items()}
-        return accuracies | {
-            "calibration_error": calibration_error(np.array(confidences), np.array(by_name[""])),
-            "questions": len(self.questions),
-            "cut": num_cut,
-        }
+        return Findings.of_items(
+            {f"accuracy{name}": Items.of(self.questions, right) for name, right in by_name.items()},
+            calibration_error=calibration_error(np.array(confidences), np.array(by_name[""])),
+            questions=len(self.questions),
+            cut=num_cut,
+        )
+
+
+def make(config: Config) -> MultipleChoice:
+    return MultipleChoice(read_records(config.path, Question))

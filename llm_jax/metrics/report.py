@@ -5,6 +5,7 @@ its page. The same input gives the same bytes; nothing on the page depends on th
 """
 
 import html
+import json
 import math
 import os
 import platform
@@ -17,9 +18,11 @@ import numpy as np
 
 from llm_jax.metrics.chart import MAX_DOTS, Series, compact, line_chart, tick_labels, ticks
 from llm_jax.metrics.page import document
+from llm_jax.metrics.scores import read_jobs_scores
 from llm_jax.metrics.writer import METRICS_FILE, RESERVED, read_records, replace_file
 
 REPORT_FILE = "report.html"
+FACTS_FILE = "report.json"  # what the run knew when it wrote its report
 RESUMED = "resumed"  # a record with this key is the first after a restart
 CHARTS = {
     "Learning rate": "learning_rate",
@@ -45,7 +48,9 @@ def write_report(
     compression: Sequence[Mapping[str, Any]] | None,
     environment: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes `workdir`/report.html from metrics.jsonl, if there is one, and the arguments.
+    """Writes `workdir`/report.html from metrics.jsonl and scores.jsonl, where there are such, and the arguments.
+
+    These are kept, so that `refresh_report` can draw the page again when there are new scores.
 
     Args:
       config: the parsed config as plain dicts, lists and scalars.
@@ -59,24 +64,67 @@ def write_report(
     Returns:
       The path of the report.
     """
+    facts = {
+        "title": title,
+        "config": config,
+        "summary": dict(summary),
+        "samples": list(samples),
+        "data": data,
+        "compression": list(compression or ()),
+        "environment": _environment() if environment is None else environment,
+    }
+    text = json.dumps(facts, indent=1, default=str)
+    replace_file(Path(workdir) / FACTS_FILE, [text.encode() + b"\n"])
+    return refresh_report(workdir)
+
+
+def refresh_report(workdir: str | os.PathLike) -> Path:
+    """Writes the report again, of a run that still trains with what is known so far."""
     workdir = Path(workdir)
     columns, resumed = _read_columns(workdir / METRICS_FILE)
-    facts = _environment() if environment is None else environment
+    facts = _facts_of(workdir)
+    title, tree = facts["title"], facts["config"]
     sections = [
         f"<header><h1>{html.escape(title)}</h1>{_lead(columns, resumed)}</header>",
-        _tiles(summary),
+        _tiles(facts["summary"]),
         _curves(columns, resumed),
-        _compression(compression or ()),
-        _samples(samples),
-        _data(data),
-        _section(
-            "Configuration", f'<div class="tree mono">{_tree(config)}</div>' if config else ""
-        ),
-        _section("Environment", _facts(facts, "facts")),
+        _scores(workdir),
+        _compression(facts["compression"]),
+        _samples(facts["samples"]),
+        _data(facts["data"]),
+        _section("Configuration", f'<div class="tree mono">{_tree(tree)}</div>' if tree else ""),
+        _section("Environment", _facts(facts["environment"], "facts")),
     ]
     path = workdir / REPORT_FILE
     replace_file(path, [document(title, sections).encode("utf-8", "replace")])
     return path
+
+
+def _facts_of(workdir: Path) -> dict[str, Any]:
+    empty = {
+        "title": workdir.resolve().name, "config": {}, "summary": {}, "samples": [], "data": {},
+        "compression": [], "environment": {},
+    }  # fmt: skip
+    try:
+        return empty | json.loads((workdir / FACTS_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return empty
+
+
+def _scores(workdir: Path) -> str:
+    """What evaluation jobs found of each checkpoint; figures that are the same for all are none."""
+    found = read_jobs_scores(workdir)
+    raw: dict[str, tuple[list[float], list[float]]] = {}
+    for step in sorted(found):
+        for name, value in found[step].items():
+            steps, values = raw.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(math.nan if value is None else value)
+    series = {name: _series(name, *pair) for name, pair in raw.items()}
+    charts = [
+        line_chart(name, [one]) for name, one in series.items() if len(np.unique(one.values)) > 1
+    ]
+    return _section("Scores of checkpoints", _grid(charts))
 
 
 def _read_columns(path: Path) -> tuple[dict[str, Series], list[int]]:
@@ -97,7 +145,7 @@ def _read_columns(path: Path) -> tuple[dict[str, Series], list[int]]:
     return {key: _series(key, *pair) for key, pair in raw.items()}, resumed
 
 
-def _series(key: str, steps: array, values: array) -> Series:
+def _series(key: str, steps: Sequence[float], values: Sequence[float]) -> Series:
     steps, values = np.asarray(steps), np.asarray(values)
     if (np.diff(steps) <= 0).any():  # written twice: the later record counts
         unique, from_end = np.unique(steps[::-1], return_index=True)

@@ -25,6 +25,7 @@ from typing import Any, Self
 METRICS_FILE = "metrics.jsonl"
 PROGRESS = ("auto", "bar", "lines", "none")
 RESERVED = ("step", "nonfinite")
+_EVENTS = "brain.Event:2"
 
 
 class MetricWriter:
@@ -106,7 +107,7 @@ class MetricWriter:
         self.close()
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._records.append(_encode(step, metrics))
+        self._records.append(encode(step, metrics))
         self._events.append(step, metrics)
 
 
@@ -149,7 +150,8 @@ def _cut_records(path: Path, last_step: int) -> None:
         replace_file(path, lines)
 
 
-def _encode(step: int, metrics: Mapping[str, float]) -> bytes:
+def encode(step: int, metrics: Mapping[str, float]) -> bytes:
+    """A record as a line of a .jsonl file."""
     record: dict[str, Any] = {"step": int(step)}
     nonfinite = []
     for key, value in metrics.items():
@@ -191,42 +193,59 @@ class _AppendFile:
         self._file.close()
 
 
+def write_events(directory: Path, step: int, metrics: Mapping[str, float]) -> Path:
+    """TensorBoard scalars of one step as a file of their own, whole or not at all.
+
+    Files are read in the order of their names, which is that of the steps.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"events.out.tfevents.{step:010d}.scores"
+    replace_file(path, [_event(file_version=_EVENTS), _event(step=step, summary=_summary(metrics))])
+    return path
+
+
 class _EventFile:
-    """TensorBoard scalars, as TFRecord frames of Event protos."""
+    """TensorBoard scalars as they come."""
 
     def __init__(self, directory: Path, start_step: int):
-        from tensorboardX.proto import event_pb2, summary_pb2
-        from tensorboardX.record_writer import masked_crc32c
+        from tensorboardX.proto import event_pb2
 
-        self._event_pb2, self._summary_pb2, self._crc = event_pb2, summary_pb2, masked_crc32c
         directory.mkdir(exist_ok=True)
         # TensorBoard reads the files of a directory in the order of their names.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._file = _AppendFile(directory / name)
         # A START hides what earlier files hold from this step on (SummaryWriter's purge_step).
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        head = self._frame(file_version="brain.Event:2")
-        self._file.append(head + self._frame(step=start_step + 1, session_log=start))
+        head = _event(file_version=_EVENTS)
+        self._file.append(head + _event(step=start_step + 1, session_log=start))
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        value = self._summary_pb2.Summary.Value
-        values = [value(tag=key, simple_value=float(number)) for key, number in metrics.items()]
-        frame = self._frame(step=int(step), summary=self._summary_pb2.Summary(value=values))
-        self._file.append(frame)
-
-    def _frame(self, **fields) -> bytes:
-        data = self._event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(data))
-        return length + self._checksum(length) + data + self._checksum(data)
-
-    def _checksum(self, data: bytes) -> bytes:
-        return struct.pack("<I", self._crc(data))
+        self._file.append(_event(step=int(step), summary=_summary(metrics)))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
         self._file.__exit__()
+
+
+def _summary(metrics: Mapping[str, float]):
+    from tensorboardX.proto import summary_pb2
+
+    value = summary_pb2.Summary.Value
+    values = [value(tag=key, simple_value=float(number)) for key, number in metrics.items()]
+    return summary_pb2.Summary(value=values)
+
+
+def _event(**fields) -> bytes:
+    """An Event proto in a TFRecord frame."""
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
+
+    checksum = lambda data: struct.pack("<I", masked_crc32c(data))  # noqa: E731
+    data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return length + checksum(length) + data + checksum(data)
 
 
 class _Pace:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from llm_jax.core.config import ConfigError, nearest, parse, parse_component, to_dict
+from llm_jax.core.config import ConfigError, nearest, parse, parse_component, plain, to_dict
 from llm_jax.data.config import DataConfig, resolve_data
 from llm_jax.nn.kernels.spec import Kernel
 from llm_jax.nn.low_precision import MatmulDtype
@@ -59,11 +59,14 @@ class CheckpointConfig:
     """save_every: steps between checkpoints; the last step is always saved.
 
     keep_last: newest checkpoints kept; keep_every: besides those, every multiple of so many steps.
+    keep_best: a score, such as "bits_per_byte": besides those, the checkpoint that did best by it, in
+    evaluations of the run itself or of jobs beside it (docs/evaluation.md).
     """
 
     save_every: int = 1000
     keep_last: int = 3
     keep_every: int | None = None
+    keep_best: str | None = None
 
     def __post_init__(self):
         for field in ("save_every", "keep_last"):
@@ -84,6 +87,8 @@ class EvalConfig:
     being kept and used; None: training goes on to its last step, which is used (training/stopping.py).
     final_bytes: about how much held-out text the evaluation of a checkpoint reads; None for all.
     context: tokens a window of a document shares with the one before it; None for half a window.
+    tasks: further evaluators, sections whose `name` picks a module of evals/ (docs/evaluation.md). They are
+    asked at the end; tasks_every: and every so many steps on the way, None for not.
     sample_prompts: completed at the end, sample_tokens each.
     generate_examples: held-out records whose targets are generated where an objective turns one text into
     another; with num_beams above 1 by beam search, too.
@@ -95,17 +100,22 @@ class EvalConfig:
     metric: str = "loss"
     final_bytes: int | None = 4_000_000
     context: int | None = None
+    tasks: tuple[Mapping[str, Any], ...] = ()
+    tasks_every: int | None = None
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 128
     generate_examples: int = 1000
     num_beams: int = 1
 
     def __post_init__(self):
-        for field in ("every", "max_batches", "patience", "final_bytes", "sample_tokens",
-                      "generate_examples", "num_beams"):  # fmt: skip
+        object.__setattr__(self, "tasks", tuple(map(plain, self.tasks)))
+        for field in ("every", "max_batches", "patience", "final_bytes", "tasks_every",
+                      "sample_tokens", "generate_examples", "num_beams"):  # fmt: skip
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"eval.{field} = {value} must be at least 1")
+        if self.tasks_every is not None and not self.tasks:
+            raise ValueError(f"eval.tasks_every = {self.tasks_every}, but eval.tasks is empty")
         if self.patience is not None and self.every is None:
             raise ValueError(
                 f"eval.patience = {self.patience} counts evaluations: set eval.every, too"
@@ -151,7 +161,7 @@ def resolve(config: Mapping) -> RunConfig:
         if name not in config and (name != "model" or init_from is None):
             raise ConfigError(f"config.{name} is missing: every experiment needs it")
     objective = config.get("objective") or {"name": "causal_lm"}
-    plain = {
+    sections = {
         name: parse(cls, config.get(name), f"config.{name}")
         for name, cls in fields.items()
         if dataclasses.is_dataclass(cls) and cls is not DataConfig
@@ -162,7 +172,7 @@ def resolve(config: Mapping) -> RunConfig:
         data=resolve_data(config["data"]),
         transforms=_parse_transforms(config.get("transforms")),
         init_from=init_from,
-        **plain,
+        **sections,
     )
     _check_joint(run)
     return run

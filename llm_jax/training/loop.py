@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.checkpoint.manager import Checkpointer, RunFiles
+from llm_jax.core.config import nearest
 from llm_jax.core.flags import RunError
 from llm_jax.core.types import Batch, Weighted
 from llm_jax.sharding.place import to_global_batch
@@ -67,6 +68,7 @@ class Loop:
         *,
         files: Callable[[dict], RunFiles],
         held_out: Callable[[], Any],
+        ask: Callable[[int, TrainState], Mapping[str, float]],
         stopping: Stopping | None = None,
     ):
         """Takes all parts of a run.
@@ -74,11 +76,12 @@ class Loop:
         Args:
           files: what goes beside the arrays of a checkpoint, given the loader's state.
           held_out: a fresh pass over the held-out batches, with `close`.
+          ask: figures of `eval.tasks` at a step.
           stopping: of early stopping, where a run goes on.
         """
         self.run, self.program, self.loader = run, program, loader
         self.checkpointer, self.writer = checkpointer, writer
-        self.files, self.held_out, self.stopping = files, held_out, stopping
+        self.files, self.held_out, self.ask, self.stopping = files, held_out, ask, stopping
         self.last_saved: int | None = None
         self._resumed = False
         self._pending: collections.deque[tuple[int, dict, dict]] = collections.deque()
@@ -100,8 +103,7 @@ class Loop:
                 step += 1
                 self._pending.append((step, metrics, epochs))
                 stop = request.agreed(step)
-                if self._is_evaluated(step):
-                    self.evaluate(step, state)
+                self._evaluate(step, state)
                 goes_on = step < last and not stop and not self._is_over()
                 # Before the next batch is drawn, so that the loader's state is that of this step.
                 if not goes_on or self._is_saved(step):
@@ -118,38 +120,52 @@ class Loop:
         """Whether patience has ended."""
         return self.stopping is not None and self.stopping.is_over(self.run.eval)
 
-    def _is_evaluated(self, step: int) -> bool:
+    def _is_due(self, every: int | None, step: int) -> bool:
         """The last step is left to what concludes the run, unless it may be the best one."""
-        config = self.run.eval
         if step == self.run.train.num_steps:
-            return config.patience is not None
-        return config.every is not None and step % config.every == 0
+            return self.run.eval.patience is not None
+        return every is not None and step % every == 0
 
     def _is_saved(self, step: int) -> bool:
         is_best = self.stopping is not None and self.stopping.step == step
         return is_best or step % self.run.checkpoint.save_every == 0
 
-    def evaluate(self, step: int, state: TrainState) -> None:
-        """Held-out loss at this step, over at most `eval.max_batches` batches."""
-        self._read(keep=0)
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        """Held-out loss and tasks, each where its turn has come."""
+        config, means = self.run.eval, {}
+        if self._is_due(config.every, step):
+            self._read(keep=0)
+            means |= self._held_out_means(state)
+            if not means and config.patience is not None:
+                raise RunError("eval.patience needs held-out documents: see data.held_out_fraction")
+        asked = self._is_due(config.tasks_every, step) and config.tasks
+        if asked:
+            self._read(keep=0)
+            means |= self.ask(step, state)
+        if means:
+            self.writer.write_eval(step, means)
+            self._note(step, means, all_asked=bool(asked) or not config.tasks)
+            self._clock = None  # the pause is not the step's
+
+    def _held_out_means(self, state: TrainState) -> dict[str, float]:
+        """Over at most `eval.max_batches` batches; empty where nothing is held out."""
         total: dict[str, Weighted] | None = None
         with contextlib.closing(self.held_out()) as batches:
             for rows in itertools.islice(batches, self.run.eval.max_batches):
                 batch = to_global_batch(rows, self.program.rules, self.run.train.microbatch_size)
                 sums = self.program.evaluate(state.params, state.extra, batch)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        if total is not None:
-            means = {name: float(value.mean) for name, value in total.items()}
-            self.writer.write_eval(step, means)
-            self._note(step, means)
-        elif self.run.eval.patience is not None:
-            raise RunError("eval.patience needs held-out documents: see data.held_out_fraction")
-        self._clock = None  # the pause is not the step's
+        return {name: float(value.mean) for name, value in (total or {}).items()}
 
-    def _note(self, step: int, means: Mapping[str, float]) -> None:
+    def _note(self, step: int, means: Mapping[str, float], *, all_asked: bool) -> None:
         config = self.run.eval
-        if config.patience is None:
+        if config.patience is None or (config.metric not in means and not all_asked):
             return
+        if config.metric not in means:
+            raise RunError(
+                f"eval.metric {config.metric!r} is not measured{nearest(config.metric, means)}; "
+                f"there are: {', '.join(means)}"
+            )
         self.stopping = after(self.stopping, config.metric, step, means)
         if self._is_over():
             self.writer.message(

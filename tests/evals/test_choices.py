@@ -1,5 +1,7 @@
 """Choices, pairs and confidence, against figures counted by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -31,13 +33,17 @@ class Told:
         return found
 
 
+def subject(told):
+    return SimpleNamespace(scorer=told, tokenizer=TOKENIZER)
+
+
 def test_choices_by_each_way_to_compare():
     questions = [
         Question("Q1:", (" no", " certainly not"), 1),
         Question("Q2:", (" a", " bb cut"), 0),
     ]
     told = Told({" no": -3.0, " certainly not": -6.0, " a": -1.0, " bb cut": -2.0})
-    scores = MultipleChoice(questions, TOKENIZER).run(told)
+    scores = MultipleChoice(questions).run(subject(told)).summary
     # Of the first, the short one is more probable, the long one per byte; of the second the right one,
     # and per byte, 1 against 6 without the blank, the other.
     assert scores["accuracy"] == 0.5
@@ -63,7 +69,7 @@ def test_confidence_against_accuracy():
 def test_pairs_by_group():
     pairs = [Pair("s1", "o1", "age"), Pair("s2", "o2", "age"), Pair("s3", "o3", "work")]
     told = Told({"s1": -1.0, "o1": -3.0, "s2": -2.0, "o2": -1.0, "s3": -1.0, "o3": -1.0})
-    scores = BiasPairs(pairs, TOKENIZER).run(told)
+    scores = BiasPairs(pairs).run(subject(told)).summary
     assert scores["stereotype"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert scores["stereotype/age"] == 0.5
     assert scores["stereotype/work"] == 0.5

@@ -13,8 +13,9 @@ from llm_jax import evaluate as entry
 from llm_jax.checkpoint.load import load_model
 from llm_jax.data.documents import Document as Found
 from llm_jax.data.tokenizers import raw_bytes
-from llm_jax.evals import conclude
+from llm_jax.evals import evaluation, job
 from llm_jax.evals.perplexity import Document, Perplexity, summarize
+from llm_jax.evals.subject import Subject
 from llm_jax.nn.precision import with_precision
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
 from llm_jax.sharding.rules import AxisRules
@@ -45,7 +46,8 @@ def make_run(mesh=None):
 @pytest.fixture
 def held_out(monkeypatch):
     found = [Found(i, d.name, d.text, len(d.text), True) for i, d in enumerate(DOCUMENTS)]
-    monkeypatch.setattr(conclude, "held_out_documents", lambda *_: iter(found))
+    in_source = [("unread.txt", document) for document in found]
+    monkeypatch.setattr(evaluation, "held_out_documents", lambda *_: iter(in_source))
 
 
 @pytest.fixture
@@ -61,8 +63,9 @@ def test_a_run_with_its_sequence_in_shares(trained_in_shares, held_out, monkeypa
     entry.main()
     saved = json.loads((trained_in_shares / "evals" / "scores_1.json").read_text())
     loaded = load_model(trained_in_shares)
-    assert dict(entry.rules_for(loaded.run).mesh.shape)["context"] == 4
-    scores = Perplexity(DOCUMENTS, loaded.tokenizer, 16, 2).score(loaded.model, one_device())
+    assert dict(job.rules_for(loaded.run).mesh.shape)["context"] == 4
+    subject = Subject(loaded.model, loaded.tokenizer, one_device(), 16, 2)
+    scores = Perplexity(DOCUMENTS).score(subject)
     assert saved["summary"] == pytest.approx(summarize(scores), rel=1e-5)
 
 
@@ -71,7 +74,7 @@ def test_a_mesh_that_does_not_fit_gives_way(mesh):
     """Three do not divide eight devices, nor do eight shares of the sequence its 24 tokens."""
     run = make_run(mesh)
     data = dataclasses.replace(run.data, sequence_length=24)
-    rules = entry.rules_for(dataclasses.replace(run, data=data))
+    rules = job.rules_for(dataclasses.replace(run, data=data))
     assert {axis for axis, size in rules.mesh.shape.items() if size > 1} == {"fsdp"}
 
 
@@ -83,8 +86,8 @@ def test_the_score_is_that_of_the_weights_as_exported(held_out, tmp_path):
     rounded = dataclasses.replace(model.precision, matmul_dtype="int8")
     trained = with_precision(nnx.merge(graphdef, state), rounded)
     arguments = (tokenizer, run, one_device(), tmp_path, 1, 2)
-    expected = conclude.evaluate(model, *arguments)
-    assert conclude.evaluate(trained, *arguments) == expected
+    expected = evaluation.evaluate(model, *arguments)
+    assert evaluation.evaluate(trained, *arguments) == expected
     assert trained.precision == rounded  # the caller's model is as it was
-    perplexity = Perplexity(DOCUMENTS, tokenizer, 16, 2)
-    assert perplexity.run(trained, one_device())["loss"] != expected.summary["loss"]
+    as_trained = Subject(trained, tokenizer, one_device(), 16, 2)
+    assert Perplexity(DOCUMENTS).run(as_trained).summary["loss"] != expected.summary["loss"]

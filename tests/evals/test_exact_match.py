@@ -33,8 +33,9 @@ def test_shares_of_right_texts(monkeypatch, beams):
     monkeypatch.setattr(exact_match, "held_out_records", lambda data, workdir: iter(pairs))
     run = SimpleNamespace(data=None, eval=SimpleNamespace(generate_examples=4, num_beams=beams))
     objective = SimpleNamespace(texts=lambda records: records)
-    evaluator = exact_match.ExactMatch(objective, raw_bytes.make(raw_bytes.Config()), run, None)
-    found = evaluator.run(None, None)
+    evaluator = exact_match.ExactMatch(objective, run, None)
+    subject = SimpleNamespace(model=None, tokenizer=raw_bytes.make(raw_bytes.Config()))
+    found = evaluator.run(subject).summary
     expected = {"exact_match": 0.5, "generated_examples": 4}
     assert found == expected | ({"exact_match_beams": 0.75} if beams > 1 else {})
     assert evaluator.examples[:2] == [("cd", "cd", "dc"), ("ef", "ef", "fe")]

@@ -13,16 +13,15 @@ from llm_jax import evaluate
 from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
 from llm_jax.data.tokenizers import raw_bytes
-from llm_jax.evals.scorer import Scorer
+from llm_jax.evals.subject import Subject
 from llm_jax.export import hf as export_hf
-from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
 from llm_jax.sharding.rules import AxisRules
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("lm_eval")
-harness = pytest.importorskip("llm_jax.evals.harness")
+harness = pytest.importorskip("llm_jax.evals.harness_model")
 
 LENGTH = 96
 TASKS = {
@@ -97,8 +96,7 @@ def tasks(tmp_path_factory):
 def ours(model):
     rules = AxisRules(make_mesh(MeshConfig(), jax.devices()[:1]))
     tokenizer = raw_bytes.make(raw_bytes.Config())
-    scorer = Scorer(model, rules)
-    return harness.HarnessModel(scorer, lambda: Engine(model, tokenizer), tokenizer)
+    return harness.HarnessModel(Subject(model, tokenizer, rules))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +116,7 @@ def test_figures_are_those_of_the_hugging_face_backend(model, ours, tasks, tmp_p
     sizes = {"vocab_size": 259, "max_length": LENGTH}
     run = run_config(model=sizes, data={"tokenizer": {"name": "raw_bytes"}})
     exporter = export_hf.make(export_hf.Config(), say=lambda text: None)
-    exporter.export(model, ours.tokenizer_of_model, run, tmp_path / "hf")
+    exporter.export(model, ours.subject.tokenizer, run, tmp_path / "hf")
     theirs = huggingface.HFLM(str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=4)
     found, expected = (harness.run_tasks(one, tasks) for one in (ours, theirs))
     assert set(found["results"]) == {"choices", "texts", "answers"}
@@ -200,7 +198,7 @@ class OfPairs:
 
 
 def test_a_continuation_that_is_in_the_context_s_last_token(ours):
-    merging = harness.HarnessModel(ours.scorer, lambda: None, OfPairs())
+    merging = harness.HarnessModel(SimpleNamespace(scorer=ours.scorer, tokenizer=OfPairs()))
     ((total, _),) = merging.loglikelihood([SimpleNamespace(args=("abc", "d"))])
     assert total < 0
 

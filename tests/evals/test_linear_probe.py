@@ -8,6 +8,7 @@ from tiny import make_model, run
 from llm_jax.core.config import ConfigError
 from llm_jax.data.tokenizers import raw_bytes
 from llm_jax.evals.linear_probe import Labelled, LinearProbe, hidden_means
+from llm_jax.evals.subject import Subject
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
 from llm_jax.sharding.rules import AxisRules
 
@@ -24,21 +25,27 @@ def texts(count, seed):
     halves = ["abcdefghij", "klmnopqrst"]
     labels = rng.integers(0, 2, count)
     found = ["".join(rng.choice(list(halves[label]), rng.integers(1, 40))) for label in labels]
-    return found, ["early" if label == 0 else "late" for label in labels]
+    return [
+        Labelled(text, "early" if label == 0 else "late")
+        for text, label in zip(found, labels, strict=True)
+    ]
 
 
 def test_what_the_tokens_say_is_found_and_noise_is_not():
     pytest.importorskip("sklearn")
     model = make_model(vocab_size=259)
     train, test = texts(120, 0), texts(60, 1)
-    probe = LinearProbe(Labelled(*train), Labelled(*test), TOKENIZER)
-    scores = probe.run(model, rules())
+    subject = Subject(model, TOKENIZER, rules())
+    scores = LinearProbe(train, test).run(subject).summary
     assert set(scores) == {"layer/1", "layer/2", "majority"}
     assert scores["layer/1"] > 0.9
     assert 0.3 < scores["majority"] < 0.7
-    noise = np.random.default_rng(2).permutation(test[1]).tolist()
-    by_chance = LinearProbe(Labelled(*train), Labelled(test[0], noise), TOKENIZER)
-    assert by_chance.run(model, rules())["layer/1"] < 0.75
+    noise = np.random.default_rng(2).permutation([example.label for example in test])
+    shuffled = [
+        Labelled(example.text, str(label)) for example, label in zip(test, noise, strict=True)
+    ]
+    by_chance = LinearProbe(train, shuffled)
+    assert by_chance.run(subject).summary["layer/1"] < 0.75
 
 
 def test_means_are_over_a_text_s_own_tokens():
@@ -55,10 +62,8 @@ def test_means_are_over_a_text_s_own_tokens():
 
 
 def test_bad_labels():
-    two = Labelled(["a", "b"], ["x", "y"])
-    with pytest.raises(ConfigError, match="2 texts have 1 labels"):
-        Labelled(["a", "b"], ["x"])
+    two = [Labelled("a", "x"), Labelled("b", "y")]
     with pytest.raises(ConfigError, match="label 'z' is tested, but no text to train on has it"):
-        LinearProbe(two, Labelled(["a"], ["z"]), TOKENIZER)
+        LinearProbe(two, [Labelled("a", "z")])
     with pytest.raises(ConfigError, match="two labels at least"):
-        LinearProbe(Labelled(["a"], ["x"]), Labelled(["a"], ["x"]), TOKENIZER)
+        LinearProbe(two[:1], two[:1])

@@ -11,14 +11,18 @@ import pytest
 from flax import nnx
 from tiny import make_model, run
 
+from llm_jax.core.config import ConfigError
 from llm_jax.data.tokenizers import raw_bytes
 from llm_jax.evals.perplexity import (
+    Config,
     Document,
     Perplexity,
     _row_nats,
     compare_with_compressors,
+    make,
     summarize,
 )
+from llm_jax.evals.subject import Subject
 from llm_jax.models import gpt
 from llm_jax.nn.precision import Precision
 from llm_jax.sharding.mesh import MeshConfig, make_mesh, make_rules
@@ -49,7 +53,7 @@ def nats(model, tokenizer, text):
 
 
 def test_one_window_is_the_plain_sum(model, tokenizer):
-    scores = Perplexity(DOCUMENTS, tokenizer, 256, batch_size=2).score(model, rules())
+    scores = Perplexity(DOCUMENTS).score(Subject(model, tokenizer, rules(), rows=2))
     for document, score in zip(DOCUMENTS, scores, strict=True):
         assert score.tokens == len(document.content) + 1
         assert score.nats == pytest.approx(nats(model, tokenizer, document.text), rel=1e-4)
@@ -57,14 +61,14 @@ def test_one_window_is_the_plain_sum(model, tokenizer):
 
 @pytest.mark.parametrize("context", [0, 5, 15])
 def test_windows_score_every_token_once(model, tokenizer, context):
-    perplexity = Perplexity(DOCUMENTS, tokenizer, 16, 4, context)
-    scores = perplexity.score(model, rules())
+    scores = Perplexity(DOCUMENTS, context).score(Subject(model, tokenizer, rules(), 16, 4))
     assert [s.tokens for s in scores] == [len(d.content) + 1 for d in DOCUMENTS]
 
 
 def test_context_is_what_the_window_before_ended_with(model, tokenizer):
     text = TEXTS[1]
-    (score,) = Perplexity([Document("x", text)], tokenizer, 64, 1, 32).score(model, rules())
+    subject = Subject(model, tokenizer, rules(), 64, 1)
+    (score,) = Perplexity([Document("x", text)], 32).score(subject)
     ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
     expected, scored = 0.0, 0
     while scored < len(ids) - 1:
@@ -78,17 +82,22 @@ def test_context_is_what_the_window_before_ended_with(model, tokenizer):
 
 
 def test_batch_size_and_mesh_do_not_matter(model, tokenizer):
-    one = Perplexity(DOCUMENTS, tokenizer, 16, 1).run(model, rules())
-    many = Perplexity(DOCUMENTS, tokenizer, 16, 8).run(model, rules(8))
+    one, many = (
+        Perplexity(DOCUMENTS).run(Subject(model, tokenizer, rules(size), 16, size)).summary
+        for size in (1, 8)
+    )
     assert one["loss"] == pytest.approx(many["loss"], rel=1e-5)
     assert one["tokens"] == many["tokens"]
 
 
 def test_shares_of_the_sequence_do_not_matter(model, tokenizer):
-    perplexity = Perplexity(DOCUMENTS, tokenizer, 16, 4)
     mesh = MeshConfig(data=2, context=2)
-    shared = perplexity.run(model, make_rules(mesh, make_mesh(mesh, jax.devices()[:4])))
-    assert shared == pytest.approx(perplexity.run(model, rules()), rel=1e-5)
+    in_shares = make_rules(mesh, make_mesh(mesh, jax.devices()[:4]))
+    shared, plain = (
+        Perplexity(DOCUMENTS).run(Subject(model, tokenizer, each, 16, 4)).summary
+        for each in (in_shares, rules())
+    )
+    assert shared == pytest.approx(plain, rel=1e-5)
 
 
 def test_logits_of_all_tokens_are_never_in_memory():
@@ -108,7 +117,7 @@ def test_logits_of_all_tokens_are_never_in_memory():
 
 
 def test_summary_and_compressors(model, tokenizer):
-    scores = Perplexity(DOCUMENTS, tokenizer, 64, 4).score(model, rules())
+    scores = Perplexity(DOCUMENTS).score(Subject(model, tokenizer, rules(), 64, 4))
     summary = summarize(scores)
     total = sum(s.nats for s in scores)
     size = sum(len(d.content) for d in DOCUMENTS)
@@ -119,6 +128,32 @@ def test_summary_and_compressors(model, tokenizer):
         assert files.xz * files.bytes / 8 == len(lzma.compress(document.content, preset=9))
 
 
-def test_impossible_context(tokenizer):
-    with pytest.raises(ValueError, match=r"eval\.context 16 must lie in"):
-        Perplexity(DOCUMENTS, tokenizer, 16, 1, 16)
+def test_each_domain_has_its_own_figures(model, tokenizer, tmp_path):
+    for name, text in (("code", TEXTS[1]), ("prose", TEXTS[0])):
+        (tmp_path / f"{name}.txt").write_text(text)
+    domains = {name: str(tmp_path / f"{name}.txt") for name in ("code", "prose")}
+    subject = Subject(model, tokenizer, rules(), 64, 4)
+    found = make(Config(domains)).run(subject)
+    alone = Perplexity([Document("x", TEXTS[1])]).run(subject).summary
+    assert found.summary["bits_per_byte/code"] == pytest.approx(alone["bits_per_byte"], rel=1e-5)
+    assert found.summary["perplexity/code"] == pytest.approx(alone["perplexity"], rel=1e-5)
+    for name, items in found.items.items():
+        assert items.mean == pytest.approx(found.summary[name])
+    assert found.items["bits_per_byte/prose"].weights == (len(TEXTS[0]),)
+    assert "bits_per_byte/code" not in make(Config({"code": domains["code"]})).run(subject).summary
+
+
+def test_texts_that_are_not_there(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"perplexity\.domains\.a: .*empty"):
+        make(Config({"a": str(tmp_path / "empty.txt")}))
+    with pytest.raises(ConfigError, match="nowhere"):
+        make(Config({"a": str(tmp_path / "nowhere")}))
+    with pytest.raises(ConfigError, match=r"perplexity\.domains is empty"):
+        make(Config({}))
+
+
+def test_impossible_context(model, tokenizer):
+    subject = Subject(model, tokenizer, rules(), 16, 1)
+    with pytest.raises(ConfigError, match="context 16 must lie in"):
+        Perplexity(DOCUMENTS, 16).run(subject)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.metrics import chart, writer
-from llm_jax.metrics.report import REPORT_FILE, write_report
+from llm_jax.metrics.report import FACTS_FILE, REPORT_FILE, write_report
 
 EVIL = """<script>alert("x")</script><img src=x onerror='alert(1)'>&amp;"""
 PARTS = {
@@ -175,7 +175,7 @@ def test_same_bytes_and_atomic(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         report(tmp_path, training(40))
     assert (tmp_path / REPORT_FILE).read_text() == first
-    assert sorted(os.listdir(tmp_path)) == [writer.METRICS_FILE, REPORT_FILE]
+    assert sorted(os.listdir(tmp_path)) == [writer.METRICS_FILE, REPORT_FILE, FACTS_FILE]
 
 
 def test_nonfinite_and_resumed_are_marked(tmp_path):
