@@ -51,7 +51,8 @@ def main() -> None:
     arguments = flags.parse(parser())
     _check(arguments)
     if arguments.compare:
-        compare(*arguments.compare, Console())
+        width = None if sys.stdout.isatty() else 120
+        compare(*arguments.compare, Console(width=width))
         return
     job = Job(
         arguments.workdir,

@@ -64,7 +64,12 @@ GPUS_PER_HOST = 8
 
 def main() -> None:
     arguments = parse()
-    text = yaml.safe_dump_all(manifests(arguments), sort_keys=False, width=1000)
+    apply(arguments, manifests(arguments))
+
+
+def apply(arguments: argparse.Namespace, objects: Sequence[dict[str, Any]]) -> None:
+    """Prints, applies or deletes them, as the flags say; ends with kubectl's status."""
+    text = yaml.safe_dump_all(objects, sort_keys=False, width=1000)
     if arguments.dry_run:
         print(text, end="")
         return
@@ -82,31 +87,42 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         usage="python launch/gke/jobset.py [options] -- FLAGS OF llm_jax.train",
         allow_abbrev=False,
     )
-    parser.add_argument("--name", required=True, help="of the JobSet and its headless service")
+    add_flags(parser)
+    parser.add_argument("--num_slices", type=int, default=1, help="slices (1)")
+    parser.add_argument("--num_hosts", type=int, default=1, help=f"of {GPUS_PER_HOST} GPUs (1)")
+    parser.add_argument("--max_restarts", type=int, default=20, help="after failures (20)")
+    arguments = parser.parse_args(argv[:cut])
+    arguments.module, arguments.flags = "llm_jax.train", argv[cut + 1 :]
+    check(arguments)
+    for flag in ("num_slices", "num_hosts"):
+        if getattr(arguments, flag) < 1:
+            raise ConfigError(f"--{flag} {getattr(arguments, flag)} must be at least 1")
+    if arguments.max_restarts < 0:
+        raise ConfigError(f"--max_restarts {arguments.max_restarts} must be at least 0")
+    return arguments
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What every pod of ours needs to be told."""
+    parser.add_argument("--name", required=True, help="of the objects on the cluster")
     parser.add_argument("--image", required=True, help="container image with llm_jax installed")
     parser.add_argument("--tpu", help=f"kind of TPU: {', '.join(TPUS)}")
     parser.add_argument("--topology", help="chips of one slice, such as 4x4x4 or 16x16")
-    parser.add_argument("--num_slices", type=int, default=1, help="slices (1)")
     parser.add_argument("--gpu", help=f"kind of GPU: {', '.join(GPUS)}")
-    parser.add_argument("--num_hosts", type=int, default=1, help=f"of {GPUS_PER_HOST} GPUs (1)")
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--service_account", help="Kubernetes account that may read the bucket")
     parser.add_argument("--bucket", help=f"Cloud Storage bucket to mount at {BUCKET_PATH}")
     parser.add_argument("--spot", action="store_true", help="run on spot nodes")
-    parser.add_argument("--max_restarts", type=int, default=20, help="after failures (20)")
     parser.add_argument(
         "--grace_seconds", type=int, default=300, help="to save after SIGTERM (300)"
     )
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--dry_run", action="store_true", help="print the manifests only")
-    parser.add_argument("--delete", action="store_true", help="delete the run's objects")
-    arguments = parser.parse_args(argv[:cut])
-    arguments.train = argv[cut + 1 :]
-    _check(arguments)
-    return arguments
+    parser.add_argument("--delete", action="store_true", help="delete the objects")
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for flags of `add_flags` that do not go together."""
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", arguments.name):
         raise ConfigError(
             f"--name {arguments.name}: expected at most 40 of a-z, 0-9 and -, a letter first"
@@ -116,17 +132,14 @@ def _check(arguments: argparse.Namespace) -> None:
     kinds, kind = (TPUS, arguments.tpu) if arguments.tpu else (GPUS, arguments.gpu)
     if kind not in kinds:
         raise ConfigError(f"no {kind!r} here; choices: {', '.join(kinds)}")
-    for flag in ("num_slices", "num_hosts", "grace_seconds"):
-        if getattr(arguments, flag) < 1:
-            raise ConfigError(f"--{flag} {getattr(arguments, flag)} must be at least 1")
-    if arguments.max_restarts < 0:
-        raise ConfigError(f"--max_restarts {arguments.max_restarts} must be at least 0")
+    if arguments.grace_seconds < 1:
+        raise ConfigError(f"--grace_seconds {arguments.grace_seconds} must be at least 1")
     for pair in arguments.env:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", pair, re.DOTALL):
             raise ConfigError(f"--env {pair}: expected NAME=VALUE")
     if arguments.tpu:
         hosts_of_slice(arguments.tpu, arguments.topology)
-    if "--workdir" not in " ".join(arguments.train) and not arguments.delete:
+    if "--workdir" not in " ".join(arguments.flags) and not arguments.delete:
         raise ConfigError("no --workdir after `--`: name a folder that all pods share")
 
 
@@ -214,12 +227,13 @@ def _job(arguments: argparse.Namespace) -> dict[str, Any]:
                 }
             ]
         },
-        "template": _pod(arguments, hosts),
+        "template": pod(arguments, hosts),
     }
 
 
-def _pod(arguments: argparse.Namespace, hosts: int) -> dict[str, Any]:
-    selector, resource, count = _devices(arguments)
+def pod(arguments: argparse.Namespace, hosts: int, gpus: int = GPUS_PER_HOST) -> dict[str, Any]:
+    """The template of a pod, one of `hosts`, with its devices."""
+    selector, resource, count = _devices(arguments, gpus)
     tolerations = [{"key": resource, "operator": "Exists", "effect": "NoSchedule"}]
     if arguments.spot:
         selector["cloud.google.com/gke-spot"] = "true"
@@ -233,10 +247,10 @@ def _pod(arguments: argparse.Namespace, hosts: int) -> dict[str, Any]:
         mounts.append({"name": "bucket", "mountPath": BUCKET_PATH})
     ports = (*TPU_PORTS, COORDINATOR_PORT) if arguments.tpu else (COORDINATOR_PORT,)
     container = {
-        "name": "train",
+        "name": arguments.module.removeprefix("llm_jax."),
         "image": arguments.image,
-        "command": ["python", "-m", "llm_jax.train"],
-        "args": arguments.train,
+        "command": ["python", "-m", arguments.module],
+        "args": arguments.flags,
         "env": _environment(arguments, hosts),
         "ports": [{"containerPort": port} for port in ports],
         "resources": {"limits": {resource: count}},
@@ -256,11 +270,11 @@ def _pod(arguments: argparse.Namespace, hosts: int) -> dict[str, Any]:
     return {**(mounting if arguments.bucket else {}), "spec": spec}
 
 
-def _devices(arguments: argparse.Namespace) -> tuple[dict[str, str], str, int]:
+def _devices(arguments: argparse.Namespace, gpus: int) -> tuple[dict[str, str], str, int]:
     """Node labels to select, the resource to ask for, and how many of it for each pod."""
     if arguments.gpu:
         selector = {"cloud.google.com/gke-accelerator": GPUS[arguments.gpu]}
-        return selector, "nvidia.com/gpu", GPUS_PER_HOST
+        return selector, "nvidia.com/gpu", gpus
     _, chips = hosts_of_slice(arguments.tpu, arguments.topology)
     selector = {
         "cloud.google.com/gke-tpu-accelerator": TPUS[arguments.tpu].accelerator,

@@ -89,7 +89,8 @@ def compare(a: str, b: str, console: Console) -> Path:
     one, other = Run.of(a), Run.of(b)
     found = differences(one.evaluation, other.evaluation)
     shared = sorted(set(one.evaluation.summary) & set(other.evaluation.summary))
-    others = [name for name in shared if name not in {d.name for d in found}]
+    told = {d.name for d in found}
+    others = [name for name in shared if name not in told and not _is_equal(name, one, other)]
     if not shared:
         raise ConfigError(f"{one.name} and {other.name} have no score in common")
     _show(found, others, one, other, console)
@@ -136,6 +137,11 @@ def _resampled(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _interval(value: float, resampled: np.ndarray) -> Interval:
     low, high = np.quantile(resampled, (0.025, 0.975))
     return Interval(float(value), float(low), float(high))
+
+
+def _is_equal(name: str, a: Run, b: Run) -> bool:
+    """Such as the number of items: says nothing of the models."""
+    return a.evaluation.summary[name] == b.evaluation.summary[name]
 
 
 def _show(found: list[Difference], others: list[str], a: Run, b: Run, console: Console) -> None:

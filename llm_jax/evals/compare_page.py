@@ -21,7 +21,7 @@ STYLE = """<style>
 .changes .track i.span { height: 5px; width: auto; transform: translateY(-50%); border-radius: 3px;
   background: var(--mark); }
 .changes .track i.point { width: 11px; height: 11px; border-radius: 50%; background: var(--mark); }
-.changes .clear .span, .changes .clear .point { background: var(--s0); }
+.changes .row.clear i.span, .changes .row.clear i.point { background: var(--s0); }
 .changes .clear .name { font-weight: 600; }
 .compare.changes { --names: 30%; }
 tr.clear td { font-weight: 600; }
@@ -48,8 +48,9 @@ def _lead(found: Sequence["Difference"], a: "Run", b: "Run") -> str:
     clear = sum(d.is_clear for d in found)
     text = f"A is {a.name}, B is {b.name}. "
     text += (
-        f"Of {len(found)} figures that were measured item by item on both, {clear} differ by more "
-        "than chance: 95 % of 10,000 resamples of the items agree in which is higher."
+        f"Measured item by item on both: {len(found)} figure{'s' * (len(found) > 1)}, of which "
+        f"{clear} differ{'s' * (clear == 1)} by more than chance; 95 % of 10,000 resamples of the "
+        "items agree in which is higher."
         if found
         else "No figure was measured item by item on both."
     )

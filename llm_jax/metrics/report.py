@@ -79,8 +79,16 @@ def write_report(
 
 
 def refresh_report(workdir: str | os.PathLike) -> Path:
-    """Writes the report again, of a run that still trains with what is known so far."""
+    """Writes the report again, of a run that still trains with what is known so far.
+
+    Leaves one that an earlier version has written, which kept no facts.
+    """
     workdir = Path(workdir)
+    path = workdir / REPORT_FILE
+    if not (workdir / FACTS_FILE).exists():
+        if path.exists():
+            return path
+        replace_file(workdir / FACTS_FILE, [b"{}\n"])
     columns, resumed = _read_columns(workdir / METRICS_FILE)
     facts = _facts_of(workdir)
     title, tree = facts["title"], facts["config"]
@@ -95,7 +103,6 @@ def refresh_report(workdir: str | os.PathLike) -> Path:
         _section("Configuration", f'<div class="tree mono">{_tree(tree)}</div>' if tree else ""),
         _section("Environment", _facts(facts["environment"], "facts")),
     ]
-    path = workdir / REPORT_FILE
     replace_file(path, [document(title, sections).encode("utf-8", "replace")])
     return path
 
@@ -105,10 +112,7 @@ def _facts_of(workdir: Path) -> dict[str, Any]:
         "title": workdir.resolve().name, "config": {}, "summary": {}, "samples": [], "data": {},
         "compression": [], "environment": {},
     }  # fmt: skip
-    try:
-        return empty | json.loads((workdir / FACTS_FILE).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return empty
+    return empty | json.loads((workdir / FACTS_FILE).read_bytes())
 
 
 def _scores(workdir: Path) -> str:

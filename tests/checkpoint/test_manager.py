@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import model_section, run_config
 
+from llm_jax.checkpoint.claims import Claims
 from llm_jax.checkpoint.manager import Checkpointer, CheckpointMismatch, RunFiles, tree_differences
 from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
@@ -62,12 +64,61 @@ def test_everything_comes_back_on_another_mesh(program, state, tmp_path):
 
 
 def test_keep_last_and_keep_every(state, tmp_path):
-    checkpointer, _ = save(tmp_path, state, 1, 2, 3, 4, 5, keep_last=2, keep_every=2)
+    checkpointer, _ = save(tmp_path / "c", state, 1, 2, 3, 4, 5, keep_last=2, keep_every=2)
     assert checkpointer.steps() == [2, 4, 5]
 
 
+def scored(workdir, **losses):
+    """evals/scores.jsonl: step_N=loss."""
+    lines = [json.dumps({"step": int(name[5:]), "loss": v}) for name, v in losses.items()]
+    (workdir / "evals").mkdir()
+    (workdir / "evals" / "scores.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_the_best_by_score_is_kept(state, tmp_path):
+    scored(tmp_path, step_1=3.0, step_2=1.0, step_3=2.0, step_7=0.5)
+    checkpointer, said = save(tmp_path / "c", state, 1, 2, 3, 4, 5, keep_last=1, keep_best="loss")
+    assert checkpointer.steps() == [2, 5]
+    assert said == []
+    checkpointer, said = save(tmp_path / "d", state, 1, 2, keep_last=1, keep_best="los")
+    assert checkpointer.steps() == [2]
+    assert "checkpoint.keep_best 'los' is no score; there are: loss" in said
+
+
+def test_accuracy_is_better_when_larger(state, tmp_path):
+    records = [{"step": n, "eval/quiz/accuracy": x} for n, x in ((1, 0.5), (2, 0.7), (3, 0.6))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    checkpointer, _ = save(
+        tmp_path / "c", state, 1, 2, 3, 4, keep_last=1, keep_best="quiz/accuracy"
+    )
+    assert checkpointer.steps() == [2, 4]
+
+
+def test_what_a_job_reads_is_not_removed(state, tmp_path):
+    folder = tmp_path / "c"
+    checkpointer, _ = save(folder, state, 1, 2, keep_last=2)
+    reader = Claims(tmp_path, "job")
+    with reader.take(1).held():
+        for step in (3, 4):
+            checkpointer.save(step, state, FILES)
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 3, 4]
+        assert (folder / "1" / "model").is_dir()
+        # What goes is claimed first, so that nobody begins to read it.
+        assert reader.take(2) is None
+        assert "training on" in reader.holder(2)
+    checkpointer.save(5, state, FILES)
+    checkpointer.wait()
+    assert checkpointer.steps() == [4, 5]
+    assert not (folder / "1").exists()
+    checkpointer.save(6, state, FILES)
+    checkpointer.wait()
+    claims = {path.name.partition(".")[0] for path in (tmp_path / "evals" / "claims").iterdir()}
+    assert claims == {"4"}  # of the step that has just gone
+
+
 def test_another_model_is_refused_with_the_differences(state, tmp_path):
-    checkpointer, _ = save(tmp_path, state, 1)
+    checkpointer, _ = save(tmp_path / "c", state, 1)
     other = program_on(mlp_dim=128, tie_embeddings=True, qk_norm=True)
     with pytest.raises(CheckpointMismatch) as error:
         checkpointer.restore_latest(other.abstract_state, other.state_shardings)

@@ -241,3 +241,46 @@ def test_manifests_go_to_kubectl(tmp_path, flag, verb):
     assert (tmp_path / "arguments").read_text().split()[0] == verb
     sent = list(yaml.safe_load_all((tmp_path / "input").read_text()))
     assert sent == manifests(*TPU)
+
+
+def cronjob(*arguments):
+    script = SCRIPT.with_name("eval_cronjob.py")
+    base = ["--name", "evals", "--image", "registry/llm_jax:1", "--dry_run"]
+    return subprocess.run(
+        [sys.executable, str(script), *base, *arguments], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "devices", [["--gpu", "h100", "--num_gpus", "2"], ["--tpu", "v5e", "--topology", "2x2"]]
+)
+def test_a_cronjob_scores_checkpoints(devices):
+    flags = ["--bucket", "b", "--spot", "--", "--workdir", "/gcs/runs/a", "--batch_size", "4"]
+    done = cronjob(*devices, *flags)
+    assert done.returncode == 0, done.stderr
+    (found,) = yaml.safe_load_all(done.stdout)
+    kubernetes_validate.validate(found, "1.33", strict=True)
+    assert found["spec"]["schedule"] == "*/10 * * * *"
+    pod = found["spec"]["jobTemplate"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert container["command"] == ["python", "-m", "llm_jax.evaluate"]
+    assert container["args"] == ["--once", "--workdir", "/gcs/runs/a", "--batch_size", "4"]
+    assert 2 in container["resources"]["limits"].values() or "--tpu" in devices
+    assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h100", "--schedule", "hourly", "--", "--workdir", "a"], "expected five fields"),
+        (["--gpu", "h100", "--num_gpus", "9", "--", "--workdir", "a"], "must lie in 1..8"),
+        (["--tpu", "v5p", "--topology", "4x4x4", "--", "--workdir", "a"], "has several hosts"),
+        (["--gpu", "h100"], "no --workdir after"),
+    ],
+)
+def test_cronjobs_that_cannot_be(arguments, message):
+    done = cronjob(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -231,3 +231,35 @@ def test_a_task_per_gpu(slurm, run, tmp_path):
     assert sorted(job.output.read_text().splitlines()) == [
         f"{index} of 4, {index % 2} of 0,1: -m llm_jax.train {flags}" for index in range(4)
     ]
+
+
+def test_jobs_that_score(slurm, tmp_path):
+    """Two of an array, with a script in Python's place that waits for its signal where told so."""
+    python, output = tmp_path / "python", tmp_path / "eval.out"
+    python.write_text(
+        '#!/bin/bash\necho "$SLURM_ARRAY_TASK_ID: $*"\n'
+        "if [[ $* != *long* ]]; then exit; fi\n"
+        "trap 'echo gave it free; exit 143' TERM\nwhile true; do sleep 0.1; done\n"
+    )
+    python.chmod(0o755)
+
+    def submit(*options):
+        options = (f"--output={output}", *options)
+        variables = {"PYTHON": str(python), "PATH": SBIN}
+        return slurm(LAUNCH / "slurm_eval.sh", *options, **variables).split()[-1]
+
+    def says(text):
+        return lambda: output.exists() and text in output.read_text()
+
+    submit("--array=1-2", "--", "--workdir", "runs/a")
+    wait_until(lambda: not slurm("squeue", "-h"), 60, output)
+    assert sorted(output.read_text().splitlines()) == [
+        f"{task}: -m llm_jax.evaluate --watch --workdir runs/a" for task in (1, 2)
+    ]
+    job = submit("--", "--workdir", "long")
+    wait_until(says("--workdir long"), 60, output)
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    wait_until(says("back into the queue"), 60, output)
+    assert "gave it free" in output.read_text()
+    wait_until(lambda: "PENDING" in slurm("squeue", "-h", "-j", job, "-o", "%T"), 60, output)
+    slurm("scancel", job)
