@@ -5,6 +5,8 @@ from rich.table import Table
 
 from llm_jax.evals.evaluation import Evaluation
 
+_OF_TEXTS = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")  # in the table of files
+
 
 def show(evaluation: Evaluation, console: Console, most_files: int = 12) -> None:
     """What the evaluators found, as tables."""
@@ -12,15 +14,17 @@ def show(evaluation: Evaluation, console: Console, most_files: int = 12) -> None
         console.print(problem, markup=False)
     if not evaluation.summary:
         return
+    others = evaluation.summary
     if evaluation.files:
         _show_files(evaluation, console, most_files)
-        return
-    table = Table(title="held out", title_justify="left")
-    table.add_column("metric")
-    table.add_column("mean", justify="right")
-    for name, value in evaluation.summary.items():
-        table.add_row(name, f"{value:.4f}")
-    console.print(table)
+        others = {name: value for name, value in others.items() if name not in _OF_TEXTS}
+    if others:
+        table = Table(title="held out", title_justify="left")
+        table.add_column("score")
+        table.add_column("value", justify="right")
+        for name, value in others.items():
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+        console.print(table)
     for source, text, target in evaluation.examples[:3]:
         console.print(f"{source!r} -> {text!r}, wanted {target!r}", markup=False, highlight=False)
 
