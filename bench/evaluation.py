@@ -124,8 +124,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     about = {"load_before": os.getloadavg()[0], "cores": os.cpu_count(), **machine()}
     run = resolve({
-        "model": MODEL, "data": {"sequence_length": MAX_LENGTH},
-        "train": {"num_steps": 1, "batch_size": 1}, "schedule": {"learning_rate": 1.0, "warmup_steps": 0},
+        "model": MODEL, "train": {"num_steps": 1, "batch_size": 1},
+        "data": {"sequence_length": MAX_LENGTH,
+                 "tokenizer": {"name": "sentencepiece", "vocab_size": VOCAB_SIZE}},
+        "schedule": {"learning_rate": 1.0, "warmup_steps": 0},
     })  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -148,7 +150,9 @@ def measure(models: Mapping[str, Any], path: str) -> dict[str, Any]:
         with contextlib.redirect_stderr(io.StringIO()):
             results = harness_model.run_tasks(models[name], [path])
         (of_task,) = results["results"].values()
-        figures[name] = {k: v for k, v in of_task.items() if k.endswith(",none") and "stderr" not in k}
+        figures[name] = {
+            k: v for k, v in of_task.items() if k.endswith(",none") and "stderr" not in k
+        }
 
     seconds = interleaved({name: functools.partial(run, name) for name in models}, ROUNDS)
     ours, theirs = seconds["ours"], seconds["Hugging Face"]

@@ -116,10 +116,15 @@ class EvalConfig:
                 raise ValueError(f"eval.{field} = {value} must be at least 1")
         if self.tasks_every is not None and not self.tasks:
             raise ValueError(f"eval.tasks_every = {self.tasks_every}, but eval.tasks is empty")
-        if self.patience is not None and self.every is None:
+        if self.patience is not None and self.every is None and self.tasks_every is None:
             raise ValueError(
                 f"eval.patience = {self.patience} counts evaluations: set eval.every, too"
             )
+
+    @property
+    def labels(self) -> set[str]:
+        """What the figures of tasks begin with."""
+        return {str(task.get("label") or task.get("name")) for task in self.tasks}
 
 
 @dataclasses.dataclass(frozen=True)

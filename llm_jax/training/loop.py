@@ -122,9 +122,11 @@ class Loop:
 
     def _is_due(self, every: int | None, step: int) -> bool:
         """The last step is left to what concludes the run, unless it may be the best one."""
+        if every is None:
+            return False
         if step == self.run.train.num_steps:
             return self.run.eval.patience is not None
-        return every is not None and step % every == 0
+        return step % every == 0
 
     def _is_saved(self, step: int) -> bool:
         is_best = self.stopping is not None and self.stopping.step == step
@@ -136,15 +138,14 @@ class Loop:
         if self._is_due(config.every, step):
             self._read(keep=0)
             means |= self._held_out_means(state)
-            if not means and config.patience is not None:
+            if not means and config.patience is not None and not config.tasks:
                 raise RunError("eval.patience needs held-out documents: see data.held_out_fraction")
-        asked = self._is_due(config.tasks_every, step) and config.tasks
-        if asked:
+        if self._is_due(config.tasks_every, step):
             self._read(keep=0)
             means |= self.ask(step, state)
         if means:
             self.writer.write_eval(step, means)
-            self._note(step, means, all_asked=bool(asked) or not config.tasks)
+            self._note(step, means)
             self._clock = None  # the pause is not the step's
 
     def _held_out_means(self, state: TrainState) -> dict[str, float]:
@@ -157,9 +158,11 @@ class Loop:
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         return {name: float(value.mean) for name, value in (total or {}).items()}
 
-    def _note(self, step: int, means: Mapping[str, float], *, all_asked: bool) -> None:
+    def _note(self, step: int, means: Mapping[str, float]) -> None:
         config = self.run.eval
-        if config.patience is None or (config.metric not in means and not all_asked):
+        of_a_task = config.metric.partition("/")[0] in config.labels
+        asked = self._is_due(config.tasks_every if of_a_task else config.every, step)
+        if config.patience is None or not asked:
             return
         if config.metric not in means:
             raise RunError(

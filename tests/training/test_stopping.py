@@ -11,6 +11,7 @@ from llm_jax import train as entry
 from llm_jax.checkpoint.load import load_model
 from llm_jax.checkpoint.manager import read_run_files, steps_in
 from llm_jax.core.config import ConfigError
+from llm_jax.core.flags import RunError
 from llm_jax.sharding.mesh import MeshConfig, make_mesh
 from llm_jax.training.config import EvalConfig, resolve
 from llm_jax.training.program import Program, build_program
@@ -116,6 +117,26 @@ def test_a_run_ends_when_patience_does_and_uses_its_best_step(corpus, tmp_path, 
     shutil.rmtree(parts / "checkpoints" / "8")
     train(run_of(corpus, num_steps=9, patience=4), parts)  # at its last step it evaluates, too
     assert steps(parts) == ([2, 9], {**steps(whole)[1], "worse": 4})
+
+
+def test_a_task_may_say_when_to_stop(corpus, tmp_path, train):
+    """Asked every 4 steps, it is as good each time: the first is the best, the third after it ends the run."""
+    path = tmp_path / "quiz.jsonl"
+    path.write_text(json.dumps({"context": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
+    quiz = {"name": "multiple_choice", "path": str(path), "label": "quiz"}
+    asked = {"tasks": [quiz], "tasks_every": 4, "metric": "quiz/accuracy", "patience": 2}
+    step, said = train(run_of(corpus, **asked), tmp_path / "a")
+    assert step == 4
+    assert "quiz/accuracy has been no better for 2 evaluations than at step 4" in said
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    found = {r["step"] for r in map(json.loads, lines) if "eval/quiz/accuracy" in r}
+    assert found == {4, 8, 12}
+    wrong = asked | {"metric": "quiz/acuracy"}
+    with pytest.raises(RunError, match="'quiz/acuracy' is not measured; did you mean 'quiz/acc"):
+        train(run_of(corpus, **wrong), tmp_path / "b")
+    with pytest.raises(ConfigError, match="there is no file nowhere"):
+        train(run_of(corpus, tasks=[quiz | {"path": "nowhere"}]), tmp_path / "c")
+    assert not (tmp_path / "c" / "data").exists()
 
 
 @pytest.mark.parametrize(
