@@ -62,7 +62,7 @@ class Watcher:
                 return
             if step == _NONE:
                 if not waiting:
-                    self._say("waiting for checkpoints")
+                    self._say(f"waiting for checkpoints in {self._workdir}")
                 waiting = True
                 time.sleep(self._poll)
                 continue

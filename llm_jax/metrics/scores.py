@@ -6,12 +6,14 @@ The file is made anew from scores_<step>.json of each step, which evaluation wri
 number of jobs may add to it, on file systems that cannot append, too.
 """
 
+import collections
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_jax.core.config import ConfigError
 from llm_jax.metrics.writer import METRICS_FILE, RESERVED, encode, read_records, replace_file
 
 _SCORES = re.compile(r"scores_(\d+)\.json").fullmatch
@@ -42,14 +44,26 @@ def collect_scores(workdir: Path) -> Path:
 
 
 def read_scores(workdir: Path) -> dict[int, dict[str, float | None]]:
-    """Step to scores; where a job and the run itself scored one, the job's count."""
-    prefix, found = "eval/", {}
+    """Step to scores, by jobs or by the run itself on its way.
+
+    The two may have looked at other amounts of data, so a figure is of one kind for all steps: of jobs where
+    they have scored several steps by it, or the run none.
+    """
+    prefix, of_run = "eval/", {}
     for _, record in read_records(Path(workdir) / METRICS_FILE):
         own = {key.removeprefix(prefix): v for key, v in record.items() if key.startswith(prefix)}
         if own:
-            found.setdefault(record["step"], {}).update(own)
-    for step, scores in read_jobs_scores(workdir).items():
-        found.setdefault(step, {}).update(scores)
+            of_run.setdefault(record["step"], {}).update(own)
+    of_jobs = read_jobs_scores(workdir)
+    counts = collections.Counter(name for scores in of_jobs.values() for name in scores)
+    names_of_run = {name for scores in of_run.values() for name in scores}
+    by_jobs = {name for name, count in counts.items() if count > 1 or name not in names_of_run}
+    found: dict[int, dict[str, float | None]] = {}
+    for step in sorted({*of_run, *of_jobs}):
+        scores = {n: v for n, v in of_run.get(step, {}).items() if n not in by_jobs}
+        scores |= {n: v for n, v in of_jobs.get(step, {}).items() if n in by_jobs}
+        if scores:
+            found[step] = scores
     return found
 
 
@@ -75,4 +89,9 @@ def _records(workdir: Path) -> Path:
 
 
 def _summary(path: Path) -> Mapping[str, Any]:
-    return json.loads(path.read_bytes())["summary"]
+    try:
+        return json.loads(path.read_bytes())["summary"]
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"{path} is no evaluation: remove it, and its step is scored anew"
+        ) from None

@@ -3,8 +3,10 @@
 import json
 import struct
 
+import pytest
 from tensorboardX.proto import event_pb2
 
+from llm_jax.core.config import ConfigError
 from llm_jax.metrics import scores
 from llm_jax.metrics.writer import METRICS_FILE, write_events
 
@@ -40,10 +42,21 @@ def test_another_job_may_write_while_one_collects(tmp_path, monkeypatch):
 def test_scores_of_the_run_itself_and_of_jobs(tmp_path):
     records = [{"step": 1, "loss": 9.0}, {"step": 2, "eval/loss": 3.0, "eval/x": 1.0}]
     (tmp_path / METRICS_FILE).write_text("".join(json.dumps(r) + "\n" for r in records))
-    write(tmp_path, 2, loss=2.5)
+    write(tmp_path, 3, loss=2.5, y=0.0)
     scores.collect_scores(tmp_path)
-    assert scores.read_scores(tmp_path) == {2: {"loss": 2.5, "x": 1.0}}
-    assert scores.read_jobs_scores(tmp_path) == {2: {"loss": 2.5}}
+    assert scores.read_scores(tmp_path) == {2: {"loss": 3.0, "x": 1.0}, 3: {"y": 0.0}}
+    write(tmp_path, 4, loss=2.0)
+    scores.collect_scores(tmp_path)
+    of_jobs = {3: {"loss": 2.5, "y": 0.0}, 4: {"loss": 2.0}}
+    assert scores.read_scores(tmp_path) == {2: {"x": 1.0}, **of_jobs}
+    assert scores.read_jobs_scores(tmp_path) == of_jobs
+
+
+def test_a_file_that_is_no_evaluation(tmp_path):
+    write(tmp_path, 1, loss=1.0)
+    scores.scores_path(tmp_path, 1).write_text("[]")
+    with pytest.raises(ConfigError, match=r"scores_1\.json is no evaluation: remove it"):
+        scores.collect_scores(tmp_path)
 
 
 def test_what_will_be_trained_anew_is_forgotten(tmp_path):
