@@ -36,7 +36,7 @@ def tiny_model(**changes):
 @pytest.fixture(scope="module")
 def engine():
     """Shared, because what takes time here is compiling; its model has ids that mean nothing."""
-    return Engine(tiny_model(vocab_size=272), RawBytesTokenizer(), batch_size=4)
+    return Engine(tiny_model(vocab_size=272), RawBytesTokenizer(), num_slots=4)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -207,7 +207,7 @@ def test_a_model_on_a_mesh_generates_the_same(engine):
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
     placed = jax.device_put(params, shardings_for(params, logical_axes(state), rules))
-    spread = Engine(nnx.merge(graphdef, nnx.State(placed)), engine.tokenizer, batch_size=4)
+    spread = Engine(nnx.merge(graphdef, nnx.State(placed)), engine.tokenizer, num_slots=4)
     wanted = engine.generate(PROMPTS, GREEDY, top_alternatives=3)
     got = spread.generate(PROMPTS, GREEDY)
     assert [c.tokens for c in got] == [c.tokens for c in wanted]
@@ -225,7 +225,7 @@ def test_a_model_on_a_mesh_generates_the_same(engine):
             "max_length 65 exceeds the 64 learned positions",
         ),
         (lambda e: Engine(tiny_model(vocab_size=258), e.tokenizer), "tokenizer has 259 ids"),
-        (lambda e: Engine(tiny_model(), e.tokenizer, batch_size=0), "batch_size 0 must be"),
+        (lambda e: Engine(tiny_model(), e.tokenizer, num_slots=0), "num_slots 0 must be"),
         (lambda e: Engine(tiny_model(), e.tokenizer, max_length=1), "max_length 1 must be"),
         (lambda e: Engine(tiny_model().stack, e.tokenizer), "Stack cannot generate"),
     ],
