@@ -51,7 +51,7 @@ class SamplingConfig:
     stops: tuple[str, ...] = ()
     min_p: float | None = None
     repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         if not all(self.stops):
