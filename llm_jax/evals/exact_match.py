@@ -42,7 +42,7 @@ class ExactMatch:
             return {}
         sources, targets = zip(*pairs, strict=True)
         longest = max(len(self.tokenizer.encode(target)) for target in targets) + 1
-        engine = Engine(model, self.tokenizer, batch_size=_BATCH)
+        engine = Engine(model, self.tokenizer, num_slots=_BATCH)
         room = min(longest + longest // 4 + 2, engine.max_length)  # a text too long is wrong anyway
         greedy = engine.generate(sources, SamplingConfig(temperature=0.0, max_tokens=room))
         texts = [completion.text for completion in greedy]

@@ -1,7 +1,9 @@
 """Keys and values of the tokens seen so far, for generation.
 
-The rows of a batch advance together: new keys are written at one common place `length`. Prompts of
-different lengths are padded on the left; their padding has segment 0, which no real query sees.
+The rows of a batch advance together: new keys are written at one common place `length`, which costs one
+copy of them into the middle of an array, where a place for each row would cost a scatter. Rows of different
+lengths stand so that they end there. What a query sees is decided by segments and positions, never by the
+place of a key, so an engine may use the places as a ring (`ring_resized`, `with_row`).
 
 Heads stand before tokens, so that a head's keys lie together: one query per row then reads them as a
 batch of plain matrix-vector products, 2 to 7 times faster on a CPU at batch 16 than across heads.
@@ -71,14 +73,83 @@ class KVCache:
 
     def grown(self, max_length: int) -> "KVCache":
         """The same tokens with room for `max_length`."""
-        more = max_length - self.places.positions.shape[1]
-        in_row, in_head = ((0, 0), (0, more)), ((0, 0), (0, 0), (0, more), (0, 0))
-        segment_ids = jnp.pad(self.places.segment_ids, in_row, constant_values=-1)
-        places = Places(segment_ids, jnp.pad(self.places.positions, in_row))
-        keys, values = (
-            tuple(jnp.pad(a, in_head) for a in arrays) for arrays in (self.keys, self.values)
+        keys, values, places = jax.tree.map(
+            lambda a: _padded(a, max_length), (self.keys, self.values, self.places)
         )
         return dataclasses.replace(self, keys=keys, values=values, places=places)
+
+    def emptied(self, batch_size: int, max_length: int, memory_length: int) -> "KVCache":
+        """Another cache of the same model, with no tokens in it."""
+
+        def make(arrays, length):
+            shape = lambda a: (batch_size, a.shape[1], length, a.shape[3])  # noqa: E731
+            return tuple(jnp.zeros(shape(a), a.dtype) for a in arrays)
+
+        def nowhere(length):
+            zeros = jnp.zeros((batch_size, length), jnp.int32)
+            return Places(zeros - 1, zeros)
+
+        return KVCache(
+            make(self.keys, max_length),
+            make(self.values, max_length),
+            nowhere(max_length),
+            jnp.zeros((), jnp.int32),
+            make(self.memory_keys, memory_length),
+            make(self.memory_values, memory_length),
+            None if self.memory_places is None else nowhere(memory_length),
+        )
+
+    def ring_resized(self, max_length: int) -> "KVCache":
+        """The newest tokens of each row in a ring of another size, where they begin at place 0."""
+        size = self.places.positions.shape[1]
+        kept = min(size, max_length)
+        order = (self.length - kept + jnp.arange(kept)) % size
+        take = lambda a: jnp.take(a, order, axis=a.ndim // 2)  # noqa: E731  [B, S] or [B, K, S, H]
+        keys, values, places = jax.tree.map(take, (self.keys, self.values, self.places))
+        length = jnp.asarray(kept % max_length, jnp.int32)
+        cache = dataclasses.replace(self, keys=keys, values=values, places=places, length=length)
+        return cache.grown(max_length)
+
+    def memory_grown(self, memory_length: int) -> "KVCache":
+        """The same with room for memories of `memory_length`."""
+        keys, values, places = jax.tree.map(
+            lambda a: _padded(a, memory_length),
+            (self.memory_keys, self.memory_values, self.memory_places),
+        )
+        return dataclasses.replace(
+            self, memory_keys=keys, memory_values=values, memory_places=places
+        )
+
+    def with_row(
+        self,
+        row: jax.Array,
+        source: "KVCache",
+        source_row: jax.Array,
+        columns: jax.Array,
+        positions: jax.Array,
+    ) -> "KVCache":
+        """Puts a row of another cache in place of a row, its tokens at other places.
+
+        Args:
+          columns: [S] int32, for each place the one in `source` to take from.
+          positions: [S] int32, of those tokens; -1 where no token stands.
+        """
+
+        def put(old, new):  # new: one row
+            start = (row,) + (0,) * (old.ndim - 1)
+            return jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
+
+        moved = lambda old, a: put(old, jnp.take(a[source_row], columns, axis=1))  # noqa: E731
+        whole = lambda old, a: put(old, _padded(a, old.shape[old.ndim // 2])[source_row])  # noqa: E731
+        places = Places(jnp.where(positions < 0, -1, 1), jnp.maximum(positions, 0))
+        memory = ("memory_keys", "memory_values", "memory_places")
+        return dataclasses.replace(
+            self,
+            keys=jax.tree.map(moved, self.keys, source.keys),
+            values=jax.tree.map(moved, self.values, source.values),
+            places=jax.tree.map(put, self.places, places),
+            **{name: jax.tree.map(whole, getattr(self, name), getattr(source, name)) for name in memory},
+        )
 
     def of_rows(
         self, change: Callable[[jax.Array], jax.Array], *, places: bool = True
@@ -100,3 +171,10 @@ class KVCache:
 
     def advanced(self, num_tokens: int) -> "KVCache":
         return dataclasses.replace(self, length=self.length + num_tokens)
+
+
+def _padded(a: jax.Array, length: int) -> jax.Array:
+    """Places [B, S], nobody's behind the old ones, or keys [B, K, S, H], with room for `length`."""
+    axis = a.ndim // 2
+    more = [(0, length - a.shape[axis] if i == axis else 0) for i in range(a.ndim)]
+    return jnp.pad(a, more, constant_values=-1 if a.ndim == 2 else 0)
