@@ -65,4 +65,4 @@ def _by_chunks(function, hidden, targets):
     hidden = jnp.pad(hidden, ((0, more), (0, 0))).reshape(-1, _CHUNK, hidden.shape[-1])
     targets = jnp.pad(targets, (0, more)).reshape(-1, _CHUNK)
     results = jax.lax.map(function, (hidden, targets))
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:length], results)
+    return jax.tree.map(lambda a: a.reshape(length + more, *a.shape[2:])[:length], results)

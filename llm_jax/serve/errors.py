@@ -83,11 +83,17 @@ def shown(value: Any) -> str:
 
 def _invalid(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong; the fields of a union all complain, once is enough."""
-    first = error.errors()[0]
+    errors = error.errors()
+    own = [
+        one for one in errors if one["type"] == "value_error"
+    ]  # says more than a wrong type does
+    first = (own or errors)[0]
     kind, path = first["type"], [str(part) for part in first["loc"][1:]]
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return ApiError(400, f"the body is no JSON: {reason} at character {first['loc'][-1]}")
+    if kind == "string_unicode":
+        return ApiError(400, f"lone surrogate in {shown(first.get('input'))}")
     if not path:
         return ApiError(400, "expected a JSON object, sent as application/json")
     param = path[0]

@@ -4,6 +4,7 @@ Runs in one thread of its own beside the engine, so that a look inside never sto
 """
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from llm_jax.interpret.attention_maps import attention_map
 from llm_jax.interpret.logit_lens import logit_lens
 from llm_jax.interpret.token_probabilities import TokenProbabilities, token_probabilities
 from llm_jax.serve.errors import ApiError
+from llm_jax.serve.requests import MAX_LOGPROBS
 from llm_jax.serve.vocabulary import Vocabulary
 
 MAX_WAITING = 16
@@ -32,9 +34,15 @@ class Insight:
         self._waiting = 0
 
     async def probabilities(self, tokens: list[int], num_best: int) -> TokenProbabilities:
+        """The best beyond `num_best` are cut off, not left uncomputed: one program for all."""
         size = self._vocabulary.size
-        return await self._ask(
-            lambda: token_probabilities(self._model, tokens, vocab_size=size, num_best=num_best)
+        found = await self._ask(
+            lambda: token_probabilities(self._model, tokens, vocab_size=size, num_best=MAX_LOGPROBS)
+        )
+        return dataclasses.replace(
+            found,
+            best_tokens=found.best_tokens[:, :num_best],
+            best_log_probabilities=found.best_log_probabilities[:, :num_best],
         )
 
     async def scores(self, tokens: list[int], num_best: int) -> bytes:

@@ -85,7 +85,7 @@ BAD = {
     b'{"prompt": "a", "stream": true, "stream_options": {"x": 1}}': "unknown field 'stream_options.x'",
     b'{"prompt": "a", "temprature": 1}': "unknown field 'temprature'",
     b'{"prompt": "a", "__proto__": {}}': "unknown field",
-    b'{"prompt": "a", "\\ud800": 1}': "unknown field",
+    b'{"prompt": "a", "\\ud800": 1}': "lone surrogate",
     b'{"prompt": "a", "model": 5}': "model",
     b'{"prompt": "a", "model": "../../etc/passwd"}': "is not here",
     json.dumps({"prompt": "a" * MAX_LENGTH}).encode(): "leaves room for at most 511",

@@ -61,6 +61,7 @@ async function score(ids, signal) {
     const token = tokens.list[index + 1];
     if (token?.id === ids[index + 1] && token.given) tokens.paint(Object.assign(token, { log, top }));
   });
+  if (card.shownFor() >= 0) card.show(card.shownFor(), pickable, closeCard);
 }
 
 function start() {
@@ -261,6 +262,11 @@ find('sampling').addEventListener('input', samplingNow);
 find('key').addEventListener('change', event => {
   setKey(event.target.value);
   load();
+});
+find('key').addEventListener('keydown', event => {
+  if (event.key !== 'Enter') return;
+  event.preventDefault(); // or the form would be sent
+  event.target.blur();
 });
 find('languages').addEventListener('click', event => {
   if (event.target.value) setLanguage(event.target.value);
