@@ -186,7 +186,7 @@ class Batch:
         self._num_best = min(power_of_two(most), self._programs.vocab_size) if most else 0
         rows = Rows(
             tokens.astype(np.int32), positions.astype(np.int32), segment_ids, index, seeds, numbers,
-            Sampling.of(configs, self._method), self._seen(live) if self._method.penalty else None,
+            Sampling.of(configs, self._method), self._seen(live) if self._method.edited else None,
         )  # fmt: skip
         self._rows = next_rows(rows, self._rows, np.array(self._sources, np.int32))
         self._sources, self._changed = list(range(len(self.requests))), False

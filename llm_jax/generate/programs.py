@@ -249,7 +249,8 @@ def _keys_sharding(state: nnx.State) -> NamedSharding | None:
     for variable in variables:
         sharding = variable[...].sharding
         if "kv_heads" in variable.axes and isinstance(sharding, NamedSharding):
-            spec = (*sharding.spec, *[None] * variable[...].ndim)
-            heads = spec[variable.axes.index("kv_heads")]
+            axes = variable.axes[-variable[...].ndim :]  # of a layer, those of the stack
+            spec = (*sharding.spec, *[None] * len(axes))
+            heads = spec[axes.index("kv_heads")]
             return NamedSharding(sharding.mesh, PartitionSpec(None, heads))
     return None

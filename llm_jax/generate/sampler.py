@@ -83,8 +83,7 @@ class SamplingConfig:
             drawn=drawn,
             top_k=drawn and self.top_k is not None,
             top_p=drawn and self.top_p is not None and self.top_p < 1,
-            min_p=drawn and bool(self.min_p),
-            penalty=self.repetition_penalty != 1,
+            edited=self.repetition_penalty != 1 or bool(self.logit_bias),
             bias=len(self.logit_bias),
         )
 
@@ -93,22 +92,26 @@ class SamplingConfig:
 class SamplingMethod:
     """The part of SamplingConfigs that shapes the program; numbers are traced arguments.
 
+    Only what takes time is a choice, since each combination is another program.
+
+    drawn: not greedy; min_p, too, costs nothing beside that.
+    edited: a repetition penalty or logit bias.
     bias: most entries of a logit_bias.
     """
 
     drawn: bool = False
     top_k: bool = False
     top_p: bool = False
-    min_p: bool = False
-    penalty: bool = False
+    edited: bool = False
     bias: int = 0
 
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig]) -> "SamplingMethod":
-        """What any of them needs, for the entries of a bias rounded up to 16, 64, 256 ..."""
+        """What any of them needs, with room for 16, 64, 256 ... entries of a bias."""
         parts = [dataclasses.astuple(config.method) for config in configs]
-        *flags, bias = map(max, zip(*parts, strict=True)) if parts else dataclasses.astuple(cls())
-        return cls(*flags, bias and next(4**n for n in range(2, 16) if bias <= 4**n))
+        drawn, top_k, top_p, edited, bias = map(max, zip(*parts, strict=True))
+        room = next(4**n for n in range(2, 16) if bias <= 4**n)
+        return cls(drawn, top_k, top_p, edited, room if edited else 0)
 
 
 @jax.tree_util.register_dataclass
@@ -167,7 +170,7 @@ def draw(
     Args:
       logits: [B, V] float32.
       keys: [B] typed PRNG keys, one per row.
-      seen: [B, V] bool, the tokens that a repetition penalty is for.
+      seen: [B, V] bool, the tokens that a repetition penalty is for; None: no row has one.
 
     Returns:
       tokens [B] int32, and their log probabilities [B] float32 under the model itself, which is
@@ -187,10 +190,10 @@ def processed(
 ) -> jax.Array:
     """Logits [B, V] of the distribution that tokens are drawn from; -inf for those that are left out."""
     column = lambda a: jnp.asarray(a)[:, None]  # noqa: E731
-    if method.bias:
+    if method.edited:
         rows = jnp.arange(logits.shape[0])[:, None]
         logits = logits.at[rows, sampling.bias_tokens].add(sampling.bias_values)
-    if method.penalty:
+    if method.edited and seen is not None:
         penalty = column(sampling.penalty)
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     if not method.drawn:
@@ -203,11 +206,9 @@ def processed(
         top_p = column(sampling.top_p)
         kept = (top_p >= 1) | top_p_mask(jax.nn.softmax(logits), top_p)
         logits = jnp.where(kept, logits, -jnp.inf)
-    if method.min_p:
-        # Ratios of probabilities are differences of logits: what was left out before does not matter.
-        border = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(column(sampling.min_p))
-        logits = jnp.where(logits >= border, logits, -jnp.inf)
-    return logits
+    # Ratios of probabilities are differences of logits: what was left out before does not matter.
+    border = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(column(sampling.min_p))
+    return jnp.where(logits >= border, logits, -jnp.inf)
 
 
 def first_argmax(x: jax.Array) -> jax.Array:
