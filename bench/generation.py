@@ -43,14 +43,17 @@ class NoText(PieceTokenizer):
     encode_batch = save_huggingface = encode
 
 
-def ours() -> Generate:
-    config = Config(
+def architecture() -> Config:
+    return Config(
         vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, num_layers=LAYERS, num_heads=HEADS,
         max_length=MAX_LENGTH, norm="layernorm", norm_bias=True, position="learned",
         activation="gelu_tanh", gated=False, attention_bias=True, attention_out_bias=True,
         mlp_bias=True, tie_embeddings=True,
     )  # fmt: skip
-    model = make(config, precision=Precision(), rngs=nnx.Rngs(0))
+
+
+def ours() -> Generate:
+    model = make(architecture(), precision=Precision(), rngs=nnx.Rngs(0))
     engine = Engine(model, NoText())
 
     def run(prompts: np.ndarray, config: SamplingConfig) -> None:

@@ -37,7 +37,6 @@ class Job:
 
     Attributes:
       prompt: its ids, once it was accepted.
-      finished: whether its last event came.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class Job:
         self.make_prompt, self.sampling, self.number = make_prompt, sampling, number
         self.alternatives, self.stop_tokens = alternatives, stop_tokens
         self.prompt: list[int] | None = None
-        self.finished = False
         self.count = 0
         self.first_at = 0.0
         self.request_id: int | None = None  # the engine's; of the engine's thread alone
@@ -76,7 +74,11 @@ class Reply:
     def __init__(self, worker: "Worker", jobs: Sequence[Job], timeout: float):
         self.jobs, self._worker = list(jobs), worker
         self.started = time.perf_counter()
-        self.deadline = asyncio.get_running_loop().time() + timeout
+        loop = asyncio.get_running_loop()
+        self.deadline = loop.time() + timeout
+        # One timer for all: a time limit on each wait would cost as much as the rest of a token.
+        late = ApiError(504, "the request took longer than this server allows")
+        self._timer = loop.call_at(self.deadline, self.drop, late)
         self._arrived: list[Arrival] = []
         self._wake = asyncio.Event()
         self._error: ApiError | None = None
@@ -91,6 +93,8 @@ class Reply:
         """
         while self._unaccepted:
             await self._news()
+            if self._error is not None:
+                raise self._error
 
     async def arrivals(self) -> list[Arrival]:
         """What came since the last call, one event at least; nothing at the end.
@@ -100,19 +104,15 @@ class Reply:
         """
         while not self._arrived and self.open:
             await self._news()
+        if not self._arrived and self._error is not None:
+            raise self._error
         arrived, self._arrived = self._arrived, []
         return arrived
 
     async def _news(self) -> None:
-        if self._error is None and not self._wake.is_set():
-            try:
-                async with asyncio.timeout_at(self.deadline):
-                    await self._wake.wait()
-            except TimeoutError:
-                self.drop(ApiError(504, "the request took longer than this server allows"))
+        if self._error is None:
+            await self._wake.wait()
         self._wake.clear()
-        if self._error is not None:
-            raise self._error
 
     def drop(self, error: ApiError | None = None) -> None:
         """Ends what still runs; a caller that waits gets the error. May be called at any time, twice too."""
@@ -122,6 +122,7 @@ class Reply:
 
     def _fail(self, error: ApiError) -> None:
         self._error, self.open = error, 0
+        self._timer.cancel()
         self._wake.set()
 
     def _receive(self, job: Job, content: TokenEvent | _Accepted | ApiError) -> None:
@@ -136,8 +137,9 @@ class Reply:
             self._arrived.append((job, content))
             job.count += 1
             if content.stop_reason is not None:
-                job.finished = True
                 self.open -= 1
+                if not self.open:
+                    self._timer.cancel()
         self._wake.set()
 
 
