@@ -16,7 +16,7 @@ from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Model, ModelOutput
 from llm_jax.generate.prompts import left_padded, power_of_two
 
-SMALLEST = 16
+SMALLEST = 128  # shorter texts would save less time than it takes to compile for them
 
 
 def check_tokens(model: Model, tokens: Sequence[int]) -> None:

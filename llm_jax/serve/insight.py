@@ -33,6 +33,20 @@ class Insight:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="insight")
         self._waiting = 0
 
+    def warm(self, token: int) -> None:
+        """Compiles, in the background, what questions about a short text need."""
+        size = self._vocabulary.size
+        for question in (
+            lambda: token_probabilities(
+                self._model, [token] * 2, vocab_size=size, num_best=MAX_LOGPROBS
+            ),
+            lambda: attention_map(self._model, [token] * 2),
+            lambda: logit_lens(
+                self._model, [token] * 2, token, vocab_size=size, num_best=LENS_BEST
+            ),
+        ):
+            self._executor.submit(question)
+
     async def probabilities(self, tokens: list[int], num_best: int) -> TokenProbabilities:
         """The best beyond `num_best` are cut off, not left uncomputed: one program for all."""
         size = self._vocabulary.size

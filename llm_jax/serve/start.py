@@ -11,6 +11,7 @@ from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.serve.chats import make_chats
 from llm_jax.serve.insight import Insight
 from llm_jax.serve.load import Served, from_hf, from_run
+from llm_jax.serve.page_stream import NUM_ALTERNATIVES
 from llm_jax.serve.run import quiet_logs, run, take_port
 from llm_jax.serve.service import Service
 from llm_jax.serve.settings import ServeConfig, read_api_key
@@ -48,17 +49,25 @@ async def make_service(served: Served, config: ServeConfig, layout: str) -> Serv
     await worker.start()
     vocabulary = Vocabulary(served.tokenizer)
     insight = Insight(served.model, vocabulary)
+    if not served.about.has_encoder:
+        insight.warm(served.tokenizer.bos_id)
     return Service(config, served.about, worker, vocabulary, insight, chats)
 
 
 def _warm_engine(served: Served, config: ServeConfig) -> Engine:
-    """An engine that has compiled what the first request needs."""
+    """An engine that has compiled what the first requests need: those of the page, and OpenAI's default."""
     engine = Engine(
         served.model, served.tokenizer, max_length=config.max_length, num_slots=config.num_slots
     )
-    engine.submit([served.tokenizer.bos_id], SamplingConfig(max_tokens=2))
-    while engine.has_work:
-        engine.step()
+    best = min(NUM_ALTERNATIVES, served.tokenizer.vocab_size)
+    page = SamplingConfig(temperature=0.8, top_p=0.95, max_tokens=3)
+    plain = SamplingConfig(max_tokens=3)
+    # Prompts of two sizes; the longer one leaves keys for others that begin with it.
+    for size, sampling, alternatives in ((10, page, best), (40, plain, 0)):
+        prompt = [served.tokenizer.bos_id] * min(size, engine.max_length - 1)
+        engine.submit(prompt, sampling, top_alternatives=alternatives)
+        while engine.has_work:
+            engine.step()
     return engine
 
 

@@ -63,6 +63,7 @@ def generate(page, text="def main(", count=12, **fields):
         page.fill(f"#{name}", str(value))
     page.click("#go")
     finished(page)
+    page.wait_for_selector(".token.given:nth-child(2)[aria-label$='%']")  # what was typed is scored
 
 
 def finished(page):
@@ -182,6 +183,7 @@ def test_with_the_keyboard_alone(open_page):
     page.keyboard.type("def main(")  # the field has the focus
     page.keyboard.press("Control+Enter")
     finished(page)
+    page.wait_for_selector(".token.given:nth-child(2)[aria-label$='%']")
     page.keyboard.press("Tab")
     for _ in range(12):
         if page.locator(".token:focus").count():
@@ -197,17 +199,18 @@ def test_with_the_keyboard_alone(open_page):
     page.wait_for_selector("#card .alternative")
     before = ids(page)
     page.keyboard.press("Enter")
-    assert page.locator("#card .alternative:focus").count() == 1
-    page.keyboard.press("Escape")
     page.wait_for_selector("#card", state="hidden")
+    assert page.locator("#instead .alternative:focus").count() == 1
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#chosen", state="hidden")
     assert page.locator(".token:nth-child(13):focus").count() == 1
     page.keyboard.press("Enter")
     page.keyboard.press("Home")
-    if page.locator("#card .mine:focus").count():
+    if page.locator("#instead .mine:focus").count():
         page.keyboard.press("ArrowDown")
-    piece = page.locator("#card .alternative:focus .piece").text_content()
+    piece = page.locator("#instead .alternative:focus .piece").text_content()
     page.keyboard.press("Enter")
-    page.wait_for_selector("#card", state="hidden")
+    page.wait_for_selector("#chosen", state="hidden")
     finished(page)
     assert ids(page)[:12] == before[:12]
     assert ids(page)[12].split(", ")[0].replace(" ", "␣") == piece

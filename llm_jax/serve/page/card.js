@@ -20,8 +20,16 @@ export function show(index, pick, close) {
   end.type = 'button';
   end.setAttribute('aria-label', word('close'));
   end.addEventListener('click', close);
+  fill(card, index, pick);
+  card.hidden = false;
+  move();
+}
+
+// Adds a button for each of a token's alternatives.
+export function fill(parent, index, pick) {
+  const token = list[index];
   for (const [id, piece, log] of alternatives(token)) {
-    const row = part(card, 'button', id === token.id ? 'alternative mine' : 'alternative');
+    const row = part(parent, 'button', id === token.id ? 'alternative mine' : 'alternative');
     row.type = 'button';
     part(row, 'span', 'piece', visible(piece));
     const bar = part(part(row, 'span', 'track'), 'i');
@@ -29,8 +37,6 @@ export function show(index, pick, close) {
     part(row, 'span', 'chance', percent(Math.exp(log)));
     row.addEventListener('click', () => pick(index, { id, piece, log }));
   }
-  card.hidden = false;
-  move();
 }
 
 // The best, and the token itself where it is none of them.
@@ -62,18 +68,19 @@ export function hide() {
   shown = -1;
 }
 
-export function enter() {
-  (card.querySelector('.alternative.mine') ?? card.querySelector('button'))?.focus();
+export function enter(parent) {
+  (parent.querySelector('.alternative.mine') ?? parent.querySelector('.alternative'))?.focus();
 }
 
-card.addEventListener('keydown', event => {
-  const rows = [...card.querySelectorAll('.alternative')];
+// Up and down among alternatives.
+export function walk(event) {
+  const rows = [...event.currentTarget.querySelectorAll('.alternative')];
   const at = rows.indexOf(document.activeElement);
   const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: rows.length - 1 }[event.key];
   if (to === undefined || !rows.length) return;
   event.preventDefault();
   rows[Math.max(0, Math.min(to, rows.length - 1))].focus();
-});
+}
 
 function part(parent, tag, name, text) {
   const node = parent.appendChild(document.createElement(tag));

@@ -61,7 +61,8 @@ async function score(ids, signal) {
     const token = tokens.list[index + 1];
     if (token?.id === ids[index + 1] && token.given) tokens.paint(Object.assign(token, { log, top }));
   });
-  if (card.shownFor() >= 0) card.show(card.shownFor(), pickable, closeCard);
+  if (card.shownFor() >= 0) card.show(card.shownFor(), pickable, close);
+  if (chosenIndex() >= 0) fillPanel(chosenIndex());
 }
 
 function start() {
@@ -162,18 +163,26 @@ async function load() {
 
 // --- tokens under pointer and keys
 
+// Where there is a column for it, the chosen token's alternatives stand there and cover no text.
+const wide = matchMedia('(min-width: 901px)');
+
 function showCard(index) {
   clearTimeout(hiding);
-  if (index !== card.shownFor()) card.show(index, pickable, closeCard);
+  if (wide.matches && index === chosenIndex()) card.hide();
+  else if (index !== card.shownFor()) card.show(index, pickable, close);
+}
+
+function fillPanel(index) {
+  find('instead').replaceChildren();
+  card.fill(find('instead'), index, pickable);
 }
 
 function pickable(index, alternative) {
   if (about.looks_inside) pick(index, alternative);
 }
 
-function closeCard() {
-  const index = card.shownFor();
-  card.hide();
+function close() {
+  const index = chosenIndex() >= 0 ? chosenIndex() : card.shownFor();
   if (tokens.list[index]) tokens.focus(index, { preventScroll: true });
   unchoose();
 }
@@ -184,10 +193,11 @@ function unchoose() {
 }
 
 function select(index) {
+  choose(index, about.looks_inside, problem);
+  fillPanel(index);
   tokens.focus(index, { preventScroll: true });
   showCard(index);
-  card.uncover(index);
-  choose(index, about.looks_inside, problem);
+  if (!wide.matches) card.uncover(index);
 }
 
 // The card of the token under the pointer, else of the chosen one.
@@ -229,18 +239,19 @@ find('tokens').addEventListener('keydown', event => {
   } else if (event.key === 'Enter' || event.key === ' ') {
     event.preventDefault();
     select(index);
-    card.enter();
+    card.enter(find(wide.matches ? 'instead' : 'card'));
   }
 });
 addEventListener('keydown', event => {
   if (event.key !== 'Escape') return;
-  if (card.shownFor() >= 0) closeCard();
+  if (card.shownFor() >= 0 || chosenIndex() >= 0) close();
   else if (running) running.abort();
 });
 addEventListener('pointerdown', event => {
   const inside = ['tokens', 'card', 'inside'].some(id => find(id).contains(event.target));
   if (!inside) unchoose();
 });
+for (const id of ['card', 'instead']) find(id).addEventListener('keydown', card.walk);
 for (const change of ['resize', 'scroll']) addEventListener(change, card.move, { passive: true });
 
 // --- the form
