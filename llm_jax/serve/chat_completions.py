@@ -1,5 +1,6 @@
 """/v1/chat/completions: a chat, and the assistant's next answer."""
 
+import functools
 import json
 import secrets
 import time
@@ -14,7 +15,7 @@ from llm_jax.serve.completions import DONE, FINISH, usage
 from llm_jax.serve.errors import ApiError
 from llm_jax.serve.insight import number
 from llm_jax.serve.replies import Events, Whole
-from llm_jax.serve.requests import MAX_STOPS, ChatRequest
+from llm_jax.serve.requests import ChatRequest
 from llm_jax.serve.service import Service
 from llm_jax.serve.vocabulary import Vocabulary
 from llm_jax.serve.worker import Job, Reply
@@ -52,17 +53,17 @@ class _Answer:
         field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         tokens = service.new_tokens(getattr(request, field), None, field)
         chats, messages = service.chats, [message.plain() for message in request.messages]
-        for message in messages:
-            if message["content"]:
-                service.check_text(message["content"], "messages")
-        stops = (*request.stops, *chats.stops)
-        config = request.config(tokens, size, stops[: MAX_STOPS + len(chats.stops)])
+        if text := "".join(message["content"] for message in messages):
+            service.check_text(text, "messages")
+        service.worker.check_count(request.choices)
+        maker = functools.cache(lambda _: chats.prompt(messages))  # once for all choices
+        config = request.config(tokens, size, (*request.stops, *chats.stops))
         self._choices = [
             _Choice(
                 copy,
                 service.vocabulary,
                 Job(
-                    lambda _: chats.prompt(messages),
+                    maker,
                     config,
                     number=copy,
                     alternatives=min(request.top_logprobs or 0, size),

@@ -1,5 +1,6 @@
 """/v1/completions: a text, and how it goes on."""
 
+import functools
 import json
 import secrets
 import time
@@ -17,7 +18,7 @@ from llm_jax.serve.replies import Events, Whole
 from llm_jax.serve.requests import CompletionRequest
 from llm_jax.serve.service import Service
 from llm_jax.serve.vocabulary import Vocabulary
-from llm_jax.serve.worker import Job, Reply
+from llm_jax.serve.worker import Job, MakePrompt, Reply
 
 DONE = b"data: [DONE]\n\n"
 FINISH = {"eos": "stop", "stop": "stop", "max_tokens": "length", "length_limit": "length"}
@@ -58,14 +59,14 @@ class _Answer:
         self._silent = asked == 0
         tokens = service.new_tokens(asked or None, DEFAULT_TOKENS) if asked != 0 else 1
         self._prompts = _prompts(service, request)
-        config = request.config(tokens, service.vocabulary.size)
         size = service.vocabulary.size
+        config = request.config(tokens, size)
         self._choices = [
             _Choice(
                 place * request.choices + copy,
                 service.vocabulary,
                 Job(
-                    _maker(prompt),
+                    maker,
                     config,
                     number=copy,
                     alternatives=min(request.logprobs or 0, size),
@@ -73,7 +74,7 @@ class _Answer:
                 with_logprobs=request.logprobs is not None,
                 silent=self._silent,
             )
-            for place, prompt in enumerate(self._prompts)
+            for place, maker in enumerate(map(_maker, self._prompts))
             for copy in range(request.choices)
         ]
         self._by_job = {choice.job: choice for choice in self._choices}
@@ -134,6 +135,7 @@ def _prompts(service: Service, request: CompletionRequest) -> list[str | list[in
     given = request.prompt
     many = isinstance(given, list) and given and not isinstance(given[0], int)
     prompts = given if many else [given]
+    service.worker.check_count(len(prompts) * request.choices)
     for prompt in prompts:
         if isinstance(prompt, str):
             service.check_text(prompt, "prompt")
@@ -142,8 +144,9 @@ def _prompts(service: Service, request: CompletionRequest) -> list[str | list[in
     return prompts
 
 
-def _maker(prompt: str | list[int]):
-    return lambda engine: engine.prompt_tokens(prompt)
+def _maker(prompt: str | list[int]) -> MakePrompt:
+    """Once for all choices."""
+    return functools.cache(lambda engine: engine.prompt_tokens(prompt))
 
 
 class _Choice:

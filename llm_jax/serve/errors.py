@@ -94,6 +94,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is no JSON: {reason} at character {first['loc'][-1]}")
     if kind == "string_unicode":
         return ApiError(400, f"lone surrogate in {shown(first.get('input'))}")
+    if not path and kind == "value_error":
+        return ApiError(400, first["msg"].removeprefix("Value error, "))
     if not path:
         return ApiError(400, "expected a JSON object, sent as application/json")
     param = path[0]

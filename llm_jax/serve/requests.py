@@ -5,15 +5,16 @@ serve are here as far as their value changes nothing, since clients send them.
 """
 
 import secrets
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.serve.errors import ApiError
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
-MAX_BIASES = 1024
+MAX_BIASES, MAX_FIELDS = 1024, 64
+MAX_PROMPTS = 4096
 MAX_LOGPROBS = 20
 
 
@@ -26,11 +27,22 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _bounded(value: Any, most: int, what: str) -> Any:
+    """Before each entry is looked at, and complained of: a million complaints take seconds to make."""
+    if isinstance(value, dict) and len(value) > most:
+        raise ValueError(f"{len(value)} {what}: at most {most} are taken")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 Name = Annotated[Text, Field(max_length=1024)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[Id], Field(fail_fast=True)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(lambda value: _bounded(value, MAX_BIASES, "biases")),
+]
 Nothing = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -38,6 +50,11 @@ class Strict(BaseModel):
     """No field is guessed: "1" is no number, true is none, and NaN is none either."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _bounded(value, MAX_FIELDS, "fields")
 
 
 class StreamOptions(Strict):
@@ -52,14 +69,9 @@ class Sampling(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASES)
-        ]
-        | None
-    ) = None
+    logit_bias: Biases | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Name | None = None
@@ -115,7 +127,12 @@ class Sampling(Strict):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: Text | list[Text] | list[Id] | list[list[Id]]
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+        | Ids
+        | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+    )
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -130,7 +147,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Annotated[Text, Field(min_length=1, max_length=64)]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)]
 
     def plain(self) -> dict[str, str]:
         content = self.content
@@ -147,7 +164,7 @@ class TextFormat(Strict):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
@@ -161,7 +178,7 @@ class PageRequest(Strict):
 
     text: Text | None = None
     question: Text | None = None
-    tokens: Annotated[list[Id], Field(min_length=1)] | None = None
+    tokens: Annotated[Ids, Field(min_length=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 100
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -174,7 +191,7 @@ class PageRequest(Strict):
 class TokensRequest(Strict):
     """POST /api/score and /api/attention: of a text's last token."""
 
-    tokens: Annotated[list[Id], Field(min_length=1)]
+    tokens: Annotated[Ids, Field(min_length=1)]
 
 
 class LensRequest(TokensRequest):

@@ -16,6 +16,7 @@ import uvicorn
 from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
 from llm_jax.serve.app import make_app
+from llm_jax.serve.protocol import BoundedHeads
 from llm_jax.serve.service import Service
 from llm_jax.serve.settings import ServeConfig
 
@@ -53,7 +54,7 @@ async def run(service: Service, listening: socket.socket, say: Callable[[str], N
     """Serves until a signal comes. The service's worker runs already, and is closed here."""
     server = _Server(
         uvicorn.Config(
-            make_app(service), log_level="warning", access_log=False, server_header=False,
+            make_app(service), log_level="error", access_log=False, server_header=False, http=BoundedHeads, ws="none",
             lifespan="off", limit_concurrency=_CONNECTIONS, timeout_keep_alive=30,
             timeout_graceful_shutdown=int(service.config.drain) + _LAST_WORDS,
         )

@@ -176,17 +176,20 @@ class Worker:
         """Raises ApiError where the server stops, is broken, or has too much to do."""
         if self._closing is not None or self.failure is not None:
             raise ApiError(503, self._closing or self.failure)
-        most = self.num_slots + self._max_queue
-        if len(jobs) > most:
-            raise ApiError(
-                400, f"{len(jobs)} completions in one request: this server takes at most {most}"
-            )
-        if self.open_jobs + len(jobs) > most:
+        self.check_count(len(jobs))
+        if self.open_jobs + len(jobs) > self.num_slots + self._max_queue:
             raise ApiError(429, "the server has too much to do: try again later")
         reply = Reply(self, jobs, self._timeout)
         self._replies.add(reply)
         self._commands.put(lambda: self._start_jobs(reply))
         return reply
+
+    def check_count(self, count: int) -> None:
+        """Raises ApiError for more completions than there are ever places for."""
+        most = self.num_slots + self._max_queue
+        if count > most:
+            message = f"{count} completions in one request: this server takes at most {most}"
+            raise ApiError(400, message, param="n")
 
     def drop(self, reply: Reply) -> None:
         self._replies.discard(reply)

@@ -78,6 +78,13 @@ BAD = {
     b'{"prompt": "a", "logit_bias": {"5": 101}}': "logit_bias",
     b'{"prompt": "a", "logit_bias": {"5": NaN}}': "logit_bias",
     b'{"prompt": "a", "logit_bias": [5]}': "logit_bias",
+    json.dumps(
+        {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(2000)), 1)}
+    ).encode(): "at most 1024",
+    json.dumps({"prompt": "a", **dict.fromkeys(map(str, range(50_000)), 1)}).encode(): "at most 64",
+    json.dumps({"prompt": [True] * 150_000}).encode(): "prompt: expected",
+    json.dumps({"prompt": ["a"] * 150_000}).encode(): "prompt: expected",
+    json.dumps({"prompt": ["a"] * 100, "n": 128}).encode(): "12800 completions",
     b'{"prompt": "a", "seed": 1.5}': "seed",
     b'{"prompt": "a", "seed": 9223372036854775808}': "seed",
     b'{"prompt": "a", "stream": "yes"}': "stream",
