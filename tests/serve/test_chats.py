@@ -37,8 +37,8 @@ def test_the_tokenizers_own_template():
     chats = make_chats("auto", Tokenizer(MARKS), None)
     assert chats.prompt(MESSAGES) == [259, ord("s"), 262, 260, ord("u"), 262, 261]
     assert chats.stop_tokens == {262}
+    Tokenizer.chat_template = "{{ raise_exception('only users') }}"
     with pytest.raises(ValueError, match="template"):
-        Tokenizer.chat_template = "{{ raise_exception('only users') }}"
         make_chats("tokenizer", Tokenizer(MARKS), None)
 
 
