@@ -142,7 +142,14 @@ class Engine:
         )
         decoder = [self.tokenizer.pad_id] if self.has_encoder else tokens
         request = Request(
-            self._next_id, tokens, decoder, sampling, number % 2**32, top_alternatives, scored, stream
+            self._next_id,
+            tokens,
+            decoder,
+            sampling,
+            number % 2**32,
+            top_alternatives,
+            scored,
+            stream,
         )
         self._requests[request.id] = request
         self._waiting.append(request)

@@ -35,7 +35,9 @@ class Prefill:
         self._programs, self._chunk, self._done = programs, chunk, 0
         self._starts = [len(mine) for mine in places]
         self._after = max(self._starts)  # where the tokens that are computed begin
-        self._left = max(len(r.decoder) - 1 - s for r, s in zip(requests, self._starts, strict=True))
+        self._left = max(
+            len(r.decoder) - 1 - s for r, s in zip(requests, self._starts, strict=True)
+        )
         pieces = -(-self._left // chunk)
         length = power_of_two(max(self._after + pieces * chunk, SMALLEST_CHUNK))
         empty = programs.empty_cache(power_of_two(len(self.requests)), length)

@@ -47,12 +47,12 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A step's result: tokens, log_probabilities [B]; the k best: ids, log probabilities [B, k]."""
+    """A step's result: tokens, log_probabilities [B]; the k best: ids, log probabilities [B, k], or None."""
 
     tokens: jax.Array
     log_probabilities: jax.Array
-    best_tokens: jax.Array
-    best_log_probabilities: jax.Array
+    best_tokens: jax.Array | None
+    best_log_probabilities: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -161,8 +161,10 @@ class Programs:
             )
             keys = jax.vmap(of_row)(rows.seeds, rows.numbers, rows.index)
         tokens, log_probabilities = draw(logits, keys, rows.sampling, method, rows.seen)
-        best, best_tokens = jax.lax.top_k(logits, num_best)
-        best -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        best = best_tokens = None
+        if num_best:
+            best, best_tokens = jax.lax.top_k(logits, num_best)
+            best -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         seen = rows.seen
         if seen is not None:
             seen |= jax.nn.one_hot(tokens, logits.shape[-1], dtype=bool)

@@ -156,7 +156,10 @@ class KVCache:
             keys=jax.tree.map(moved, self.keys, source.keys),
             values=jax.tree.map(moved, self.values, source.values),
             places=jax.tree.map(put, self.places, places),
-            **{name: jax.tree.map(whole, getattr(self, name), getattr(source, name)) for name in memory},
+            **{
+                name: jax.tree.map(whole, getattr(self, name), getattr(source, name))
+                for name in memory
+            },
         )
 
     def of_rows(

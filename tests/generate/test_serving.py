@@ -145,7 +145,11 @@ def test_chunks_and_slots_change_nothing(engine):
     wanted = [solo(engine, *job) for job in jobs]
     for slots, chunk, kept in ((1, 64, 0), (8, 32, 64)):
         other = Engine(
-            tiny_model(), RawBytesTokenizer(), num_slots=slots, chunk_tokens=chunk, prefix_tokens=kept
+            tiny_model(),
+            RawBytesTokenizer(),
+            num_slots=slots,
+            chunk_tokens=chunk,
+            prefix_tokens=kept,
         )
         ids = [other.submit(p, s, number=n) for p, s, n in jobs]
         events = run(other)
@@ -187,7 +191,11 @@ def test_long_prompts_do_not_hold_up_a_text(engine):
     short = engine.submit([1, 2], dataclasses.replace(GREEDY, max_tokens=12))
     while not engine.step():
         pass
-    long = engine.submit(prompts(1, 3, 64)[0] * 9, GREEDY) if False else engine.submit([9] * 60, GREEDY)
+    long = (
+        engine.submit(prompts(1, 3, 64)[0] * 9, GREEDY)
+        if False
+        else engine.submit([9] * 60, GREEDY)
+    )
     seen = []
     while not any(event.row == long for event in seen):
         seen += engine.step()
@@ -198,7 +206,9 @@ def test_long_prompts_do_not_hold_up_a_text(engine):
 def test_prompt_log_probabilities(engine):
     prompt = prompts(1, 4, 60)[0] + [5, 6, 7]
     model = tiny_model()
-    out = jax.jit(functools.partial(lambda m, t: m({"tokens": t}).logits, model))(jnp.asarray([prompt]))
+    out = jax.jit(functools.partial(lambda m, t: m({"tokens": t}).logits, model))(
+        jnp.asarray([prompt])
+    )
     wanted = np.asarray(jax.nn.log_softmax(out))[0, np.arange(len(prompt) - 1), prompt[1:]]
     ids = [engine.submit(prompt, GREEDY, prompt_log_probabilities=True),
            engine.submit([3], GREEDY, prompt_log_probabilities=True),
@@ -279,7 +289,9 @@ def test_encoder_decoders_come_and_go():
     jobs = [(p, WAYS[i % len(WAYS)], i) for i, p in enumerate(prompts(9, 2, 50))]
     wanted = [solo(engine, *job) for job in jobs]
     ids: list[int] = []
-    later = [lambda job=job: ids.append(engine.submit(job[0], job[1], number=job[2])) for job in jobs]
+    later = [
+        lambda job=job: ids.append(engine.submit(job[0], job[1], number=job[2])) for job in jobs
+    ]
     events = run(engine, later)
     assert [tokens_of(events[i]) for i in ids] == wanted
 
