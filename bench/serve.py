@@ -23,14 +23,11 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from flax import nnx
 
-from bench.generation import VOCAB_SIZE, NoText, architecture
+from bench.generation import VOCAB_SIZE, NoText, make_model
 from bench.measure import interleaved, json_flag, machine, show, write_json
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
-from llm_jax.models.gpt import make
-from llm_jax.nn.precision import Precision
 
 STREAMS, REQUESTS_EACH, PROMPT_LENGTH, NEW_TOKENS, ROUNDS = 32, 3, 32, 128, 5
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}
@@ -52,10 +49,6 @@ class Latencies:
     between: list[float] = dataclasses.field(default_factory=list)
 
 
-def model():
-    return make(architecture(), precision=Precision(), rngs=nnx.Rngs(0))
-
-
 def serve() -> None:
     """The server's process: the model of the benchmark in place of a checkpoint's."""
     from llm_jax.serve.load import About, Served
@@ -65,7 +58,7 @@ def serve() -> None:
 
     async def main() -> None:
         config = ServeConfig(port=0, num_slots=STREAMS)
-        served = Served(model(), Tokens(), About("bench", 0, 0), None)
+        served = Served(make_model(), Tokens(), About("bench", 0, 0), None)
         with take_port(config) as listening:
             service = await make_service(served, config, "none")
             await run(service, listening, lambda line: print(line, flush=True))
@@ -75,7 +68,7 @@ def serve() -> None:
 
 
 def offline(prompts: Callable[[], list[list[int]]], sampling: dict) -> Callable[[], None]:
-    engine = Engine(model(), Tokens(), num_slots=STREAMS)
+    engine = Engine(make_model(), Tokens(), num_slots=STREAMS)
     config = SamplingConfig(**sampling, max_tokens=NEW_TOKENS)
 
     def run() -> None:

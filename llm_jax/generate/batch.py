@@ -11,7 +11,6 @@ that row it ignores. A row that must end after a known number of tokens gets no 
 import collections
 import dataclasses
 
-import jax
 import numpy as np
 
 from llm_jax.generate.prefill import Encoded, Prefill
@@ -115,16 +114,24 @@ class Batch:
         """Waits for the oldest step and reads it, if more than `leave` are on their way."""
         if len(self._sent) <= leave:
             return []
-        arrays, wanted = self._sent.popleft()
-        drawn = jax.device_get(arrays)
-        tokens, log_probabilities = drawn.tokens.tolist(), drawn.log_probabilities.tolist()
-        best, best_tokens = drawn.best_log_probabilities.tolist(), drawn.best_tokens.tolist()
-        return [
-            Read(request, tokens[row], log_probabilities[row],
-                 list(zip(best_tokens[row], best[row], strict=True))[: request.top_alternatives])
-            for row, request in wanted
-            if not request.over
-        ]  # fmt: skip
+        drawn, wanted = self._sent.popleft()
+        values = {
+            field.name: np.asarray(array).tolist()
+            for field in dataclasses.fields(drawn)
+            if (array := getattr(drawn, field.name)) is not None
+        }
+        found = []
+        for row, request in wanted:
+            if request.over:
+                continue
+            best: list[tuple[int, float]] = []
+            if request.top_alternatives:
+                names = ("best_tokens", "best_log_probabilities")
+                pairs = zip(*(values[name][row] for name in names), strict=True)
+                best = list(pairs)[: request.top_alternatives]
+            token, log_probability = values["tokens"][row], values["log_probabilities"][row]
+            found.append(Read(request, token, log_probability, best))
+        return found
 
     def _make_room(self, more: int, length: int, like: KVCache) -> None:
         """Rows for `more` requests, and places for `length` tokens and one more."""

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.core.types import Model
 from llm_jax.generate.sampler import Sampling, SamplingMethod, draw
-from llm_jax.nn.cache import KVCache
+from llm_jax.nn.cache import KVCache, by_heads
 from llm_jax.nn.mask import Places
 from llm_jax.nn.precision import with_precision
 from llm_jax.nn.transformer import unstack
@@ -47,12 +47,12 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A step's result: tokens, log_probabilities [B]; the k best: ids, log probabilities [B, k]."""
+    """A step's result: tokens, log_probabilities [B]; the k best: ids, log probabilities [B, k], or None."""
 
     tokens: jax.Array
     log_probabilities: jax.Array
-    best_tokens: jax.Array
-    best_log_probabilities: jax.Array
+    best_tokens: jax.Array | None
+    best_log_probabilities: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -121,10 +121,11 @@ class Programs:
     def _pinned(self, cache: KVCache) -> KVCache:
         if self._keys_sharding is None:
             return cache
-        pin = lambda a: (  # noqa: E731
-            jax.lax.with_sharding_constraint(a, self._keys_sharding) if a.ndim == 4 else a
+        names = ("keys", "values")
+        pin = lambda a: jax.lax.with_sharding_constraint(a, self._keys_sharding)  # noqa: E731
+        return dataclasses.replace(
+            cache, **{name: jax.tree.map(pin, getattr(cache, name)) for name in names}
         )
-        return jax.tree.map(pin, cache)
 
     def _encode(self, leaves, batch: dict[str, jax.Array], size: int) -> KVCache:
         model = self.model(leaves)
@@ -160,8 +161,10 @@ class Programs:
             )
             keys = jax.vmap(of_row)(rows.seeds, rows.numbers, rows.index)
         tokens, log_probabilities = draw(logits, keys, rows.sampling, method, rows.seen)
-        best, best_tokens = jax.lax.top_k(logits, num_best)
-        best -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        best = best_tokens = None
+        if num_best:
+            best, best_tokens = jax.lax.top_k(logits, num_best)
+            best -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         seen = rows.seen
         if seen is not None:
             seen |= jax.nn.one_hot(tokens, logits.shape[-1], dtype=bool)
@@ -176,7 +179,8 @@ class Programs:
         return rows, Drawn(tokens, log_probabilities, best_tokens, best)
 
     def _empty_store(self, cache: KVCache, tokens: int) -> Store:
-        make = lambda a: jnp.zeros((tokens, a.shape[1], a.shape[3]), a.dtype)  # noqa: E731
+        heads = lambda a: a.shape[0] // cache.num_rows  # noqa: E731
+        make = lambda a: jnp.zeros((tokens, heads(a), a.shape[2]), a.dtype)  # noqa: E731
         return Store(*jax.tree.map(make, (cache.keys, cache.values)))
 
 
@@ -203,7 +207,8 @@ def _save(
     """Copies the tokens at `columns` of a row to places of the store; both [W] int32, targets past its end drop."""
 
     def put(old, a):
-        tokens = jnp.swapaxes(jnp.take(a[row], columns, axis=1), 0, 1)  # [W, K, H]
+        tokens = jnp.take(cache.by_rows(a)[:, row], columns, axis=1)  # [K, W, H]
+        tokens = jnp.swapaxes(tokens, 0, 1)
         return old.at[targets].set(tokens, mode="drop", unique_indices=True)
 
     return Store(*jax.tree.map(put, (store.keys, store.values), (cache.keys, cache.values)))
@@ -217,7 +222,7 @@ def _load(store: Store, cache: KVCache, places: jax.Array, length: jax.Array) ->
       length: where the next tokens go, behind the longest of these.
     """
     found = places >= 0
-    get = lambda a: jnp.swapaxes(a[jnp.maximum(places, 0)], 1, 2)  # noqa: E731  [B, K, S, H]
+    get = lambda a: by_heads(a[jnp.maximum(places, 0)])  # noqa: E731
     keys, values = jax.tree.map(get, (store.keys, store.values))
     columns = jnp.broadcast_to(jnp.arange(places.shape[1]), places.shape)
     stands = Places(jnp.where(found, 1, -1), columns)
@@ -244,7 +249,7 @@ def _head_apart(model: Model) -> None:
 
 
 def _keys_sharding(state: nnx.State) -> NamedSharding | None:
-    """Of keys [B, K, S, H]: heads over the mesh axes over which those of the parameters lie."""
+    """Of keys [K * B, S, H]: heads over the mesh axes over which those of the parameters lie."""
     variables: list[Any] = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     for variable in variables:
         sharding = variable[...].sharding
@@ -252,5 +257,5 @@ def _keys_sharding(state: nnx.State) -> NamedSharding | None:
             axes = variable.axes[-variable[...].ndim :]  # of a layer, those of the stack
             spec = (*sharding.spec, *[None] * len(axes))
             heads = spec[axes.index("kv_heads")]
-            return NamedSharding(sharding.mesh, PartitionSpec(None, heads))
+            return NamedSharding(sharding.mesh, PartitionSpec(heads))
     return None

@@ -266,7 +266,7 @@ def test_generate_wants_an_engine_to_itself(engine):
 def test_what_does_not_fit_is_refused_at_once(engine, sampling, words):
     with pytest.raises(ConfigError, match=words):
         engine.submit("a", sampling)
-    with pytest.raises(ConfigError, match="the prompt has 70 tokens.*max_length 64"):
+    with pytest.raises(ConfigError, match=r"the prompt has 70 tokens.*max_length 64"):
         engine.submit([1] * 70, GREEDY)
     with pytest.raises(ConfigError, match="the prompt holds token id 999"):
         engine.submit([999], GREEDY)
@@ -314,4 +314,4 @@ def test_on_a_mesh_as_on_one_device(engine):
         got.append([tokens_of(events[i]) for i in ids])
     assert got[0] == got[1]
     keys = spread._batch._cache.keys[0]
-    assert keys.sharding.spec[1] == "tensor"
+    assert keys.sharding.spec[0] == "tensor"

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from evals.saved_run import save_run
+from saved_run import save_run
 from tiny import run_config
 
 MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
