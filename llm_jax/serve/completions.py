@@ -50,6 +50,9 @@ class _Answer:
         if asked == 0 and not request.echo:
             message = "max_tokens 0 goes with echo: true, which scores a prompt"
             raise ApiError(400, message, param="max_tokens")
+        if request.echo and service.about.has_encoder:
+            message = "echo: this model answers a prompt, and does not go on from it"
+            raise ApiError(400, message, param="echo")
         if request.best_of not in (None, request.choices):
             message = (
                 f"best_of {request.best_of}: only the value of n, {request.choices}, can be served"

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from saved_run import save_run
 from servers import MARKS, serving
+from tiny import run_config
 
 PAGE = Path("llm_jax/serve/page")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -349,3 +351,32 @@ def test_no_file_asks_for_another_site():
         assert not re.search(
             r"https?://|innerHTML|insertAdjacentHTML|document\.write|eval\(", text
         ), file
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder(open_page, tmp_path):
+    model = {"name": "encoder_decoder", "vocab_size": 264, "embed_dim": 32, "num_layers": 2, "num_heads": 4,
+             "mlp_dim": 64, "max_length": 64}  # fmt: skip
+    run = run_config(
+        model=model,
+        data={
+            "tokenizer": {"name": "raw_bytes"},
+            "sources": [{"name": "jsonl", "path": "unread.jsonl"}],
+        },
+        objective={"name": "seq2seq"},
+    )
+    save_run(tmp_path / "answers", run)
+    with serving("--workdir", tmp_path / "answers") as server:
+        page = open_page(server.url, ready="h1:has-text('answers')")
+        assert page.text_content("label[for=prompt]") == "Text that the model answers"
+        page.fill("#prompt", "a question")
+        page.click("#go")
+        finished(page)
+        page.locator(".token:not(.given)").first.click()
+        page.wait_for_selector("#instead .alternative")
+        assert page.locator("#lens").is_hidden()
+        assert page.locator("#on").is_hidden()
+        body = {"prompt": "a", "echo": True}
+        assert server.post("/v1/completions", body)[0] == 400
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 3, "n": 2})[0] == 200
+        assert server.post("/api/attention", {"tokens": [1]})[0] == 400

@@ -109,9 +109,7 @@ def test_large_bodies(server):
     assert b" 413 " in raw(server, chunked + part * 17 + b"0\r\n\r\n").split(b"\r\n")[0]
     with pytest.raises(ConnectionError):  # one that does not end is not read to its end
         raw(server, chunked + part * 2000)
-    lying = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\nConnection: close\r\n\r\n"
-    )
+    lying = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\nConnection: close\r\n\r\n"
     assert b" 413 " in raw(server, lying).split(b"\r\n")[0]
     assert server.post("/v1/completions", GOOD)[0] == 200
 

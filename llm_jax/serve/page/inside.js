@@ -14,7 +14,7 @@ export const chosenIndex = () => chosen;
 export async function choose(index, looksInside, report) {
   chosen = index;
   find('how').hidden = index >= 0;
-  find('chosen').hidden = index < 0 || !looksInside;
+  find('chosen').hidden = index < 0;
   if (index < 0) {
     asked?.abort();
     look(null);

@@ -154,6 +154,13 @@ async function load() {
     problem(error);
     return;
   }
+  if (!about.looks_inside) {
+    // An encoder reads the text, so that what follows neither goes on from it nor can be exchanged.
+    document.body.classList.add('answers');
+    document.querySelector('label[for=prompt]').dataset.word = 'prompt_answered';
+    find('how').dataset.word = 'how_answered';
+    apply();
+  }
   find('as-question').hidden = !about.chats;
   find('question').checked = about.chats;
   find('max_tokens').max = about.max_tokens;

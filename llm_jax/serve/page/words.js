@@ -4,6 +4,7 @@ const WORDS = {
   en: {
     language: 'Language',
     prompt: 'Text to go on from',
+    prompt_answered: 'Text that the model answers',
     placeholder: 'Type the beginning of a text, or nothing at all',
     go: 'Generate', stop: 'Stop', on: 'Go on', question: 'as a question in a chat',
     hint: 'Ctrl + Enter', hint_mac: '⌘ + Enter',
@@ -17,6 +18,7 @@ const WORDS = {
       'from it. Click a token to see where the model looked, and what each layer would have said.',
     how_touch: 'Tap a token to see what could have stood there, where the model looked, and what each ' +
       'layer would have said. Tap an alternative and the text goes on from it.',
+    how_answered: 'Point at a token of the answer to see what could have stood there.',
     instead: 'What could stand here instead', close: 'Close',
     attention: 'Attention', views: 'Whose attention', itself: 'of this token', before: 'that chose it',
     heads: 'Heads by layer: arrow keys move',
@@ -41,6 +43,7 @@ const WORDS = {
   zh: {
     language: '语言',
     prompt: '从这段文字续写',
+    prompt_answered: '模型要回答的文字',
     placeholder: '输入文字的开头，也可以留空',
     go: '生成', stop: '停止', on: '继续', question: '作为对话中的提问',
     hint: 'Ctrl + Enter', hint_mac: '⌘ + Enter',
@@ -53,6 +56,7 @@ const WORDS = {
     how: '指向一个词元，可以看到此处的其他可能；点击其中一个，文本便从那里续写。点击词元，可以看到模型注意了哪里，' +
       '以及每一层会说什么。',
     how_touch: '点按一个词元，可以看到此处的其他可能、模型注意了哪里，以及每一层会说什么。点按其中一个可能，文本便从那里续写。',
+    how_answered: '指向回答中的一个词元，可以看到此处的其他可能。',
     instead: '此处的其他可能', close: '关闭',
     attention: '注意力', views: '谁的注意力', itself: '该词元', before: '选出它时',
     heads: '各层的注意力头：方向键移动',
