@@ -20,7 +20,10 @@ from llm_jax.generate.requests import Request
 from llm_jax.generate.sampler import Sampling, SamplingConfig, SamplingMethod
 from llm_jax.nn.cache import KVCache
 
-SMALLEST_CACHE = 256  # below it, reading the cache costs nothing next to reading the weights
+# The least places of a ring, with many rows and with few: so many keys cost little to read next to the
+# weights, and each size is another program.
+SMALLEST_RINGS = (64, 256)
+_FEW_KEYS = 1024
 _SHRINK_AFTER = 8  # steps with half of the rows free
 _NOBODY = SamplingConfig(temperature=0.0)
 
@@ -138,7 +141,8 @@ class Batch:
         live = self.running
         memory = _memory_length(like)
         if not live:
-            size, rows = power_of_two(max(length + 1, SMALLEST_CACHE)), power_of_two(more)
+            rows = power_of_two(more)
+            size = _ring_size(length + 1, rows)
             if self._cache is None or (size, rows) != (self._size, len(self.requests)):
                 self._cache = self._programs.emptied(like, rows, size, memory)
                 self._size, self._clock = size, 0
@@ -152,8 +156,8 @@ class Batch:
     def _fit_ring(self, needed: int) -> None:
         """A ring for `needed` places, smaller than it is only where it shrinks to a quarter."""
         needed = max([needed, *(request.written + 1 for request in self.running)])
-        size = power_of_two(max(needed, SMALLEST_CACHE))
-        if self._size < size or self._size >= 4 * size:
+        size = _ring_size(needed, len(self.requests))
+        if self._size < needed or self._size >= 4 * size:
             self._cache = self._programs.ring_resized(self._cache, size)
             self._clock = min(self._size, size) % size
             self._size = size
@@ -204,6 +208,12 @@ class Batch:
         for row, request in live:
             seen[row, request.decoder] = True
         return seen
+
+
+def _ring_size(needed: int, rows: int) -> int:
+    """Of a ring with `needed` places at least."""
+    least, most = SMALLEST_RINGS
+    return power_of_two(max(needed, min(max(_FEW_KEYS // rows, least), most)))
 
 
 def _memory_length(cache: KVCache) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Model, Tokenizer
-from llm_jax.generate.batch import SMALLEST_CACHE, Batch, Read
+from llm_jax.generate.batch import Batch, Read
 from llm_jax.generate.beam import NOTHING, BeamConfig, Beams, Hypothesis, search
 from llm_jax.generate.events import Alternative, Completion, RowStream, TokenEvent, completion
 from llm_jax.generate.prefill import SMALLEST_CHUNK, Encoded, Prefill, next_group
@@ -33,6 +33,8 @@ from llm_jax.generate.requests import Request
 from llm_jax.generate.sampler import SamplingConfig
 
 Prompt = str | Sequence[int]
+
+_BEAM_CACHE = 256  # places of the smallest cache of a beam search
 
 
 class Engine:
@@ -347,7 +349,7 @@ class Engine:
         rows = rows + [rows[0][:1]] * (batch - len(rows))
         longest = power_of_two(max(SMALLEST_CHUNK, *map(len, rows)))
         used = 0 if self.has_encoder else longest
-        size = power_of_two(max(used + config.max_tokens, SMALLEST_CACHE))
+        size = power_of_two(max(used + config.max_tokens, _BEAM_CACHE))
         if self.has_encoder:
             encoded = right_padded(rows, min(longest, self.max_length))
             cache = programs.encode(programs.leaves, encoded, size)

@@ -145,8 +145,8 @@ class KVCache:
 
         def moved(old, a):
             new = jnp.take(source.by_rows(a)[:, source_row], columns, axis=1)  # [K, S, H]
-            old = self.by_rows(old)
-            return put(jnp.swapaxes(old, 0, 1), new).swapaxes(0, 1).reshape(-1, *old.shape[2:])
+            rows_first = jnp.swapaxes(self.by_rows(old), 0, 1)
+            return _merged(jnp.swapaxes(put(rows_first, new), 0, 1))
 
         whole = lambda old, a: put(old, _padded(a, old.shape[old.ndim // 2])[source_row])  # noqa: E731
         places = Places(jnp.where(positions < 0, -1, 1), jnp.maximum(positions, 0))
@@ -172,7 +172,7 @@ class KVCache:
         """
 
         def of_heads(a):
-            return jax.vmap(change)(self.by_rows(a)).reshape(-1, *a.shape[1:])
+            return _merged(jax.vmap(change)(self.by_rows(a)))
 
         keys, values = jax.tree.map(of_heads, (self.keys, self.values))
         cache = dataclasses.replace(self, keys=keys, values=values)
@@ -188,7 +188,7 @@ class KVCache:
 
     def by_rows(self, a: jax.Array) -> jax.Array:
         """Keys or values [K * B, S, H] as [K, B, S, H]."""
-        return a.reshape(-1, self.num_rows, *a.shape[1:])
+        return a.reshape(a.shape[0] // self.num_rows, self.num_rows, *a.shape[1:])
 
     def advanced(self, num_tokens: int) -> "KVCache":
         return dataclasses.replace(self, length=self.length + num_tokens)
@@ -196,7 +196,12 @@ class KVCache:
 
 def by_heads(a: jax.Array) -> jax.Array:
     """[B, T, K, H] as [K * B, T, H]."""
-    return jnp.moveaxis(a, 2, 0).reshape(-1, a.shape[1], a.shape[3])
+    return _merged(jnp.moveaxis(a, 2, 0))
+
+
+def _merged(a: jax.Array) -> jax.Array:
+    """[K, B, S, H] as [K * B, S, H]."""
+    return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])
 
 
 def _padded(a: jax.Array, length: int) -> jax.Array:

@@ -120,7 +120,7 @@ def test_seeds_and_rows_differ(engine):
 
 def test_a_cache_that_grows_changes_nothing(engine, monkeypatch):
     wanted = engine.generate(["abc"], GREEDY, top_alternatives=3)[0]
-    monkeypatch.setattr(batch_module, "SMALLEST_CACHE", 1)
+    monkeypatch.setattr(batch_module, "SMALLEST_RINGS", (1, 1))
     growing = Engine(tiny_model(vocab_size=272), engine.tokenizer)
     assert growing.generate(["abc"], GREEDY)[0].tokens == wanted.tokens
 

@@ -74,7 +74,7 @@ def solo(engine: Engine, prompt, sampling, number=0) -> list[int]:
 @pytest.fixture(autouse=True)
 def small_caches(monkeypatch):
     """So that caches grow and shrink within short texts."""
-    monkeypatch.setattr(batch_module, "SMALLEST_CACHE", 32)
+    monkeypatch.setattr(batch_module, "SMALLEST_RINGS", (32, 32))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
