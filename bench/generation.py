@@ -5,11 +5,15 @@ sides get both cores; their runs alternate, so that a busy machine slows both, a
 counts. One run of each, which compiles, comes before the clock. The matmul rate of the machine stands
 beside the table, so that numbers from different days can be compared.
 
+A second table is of many requests at once: prompts of 16 to 256 tokens, texts of 32 to 192, every fourth of
+them drawn in another way, through 16 and 32 slots, beside the same requests in batches that wait for their longest.
+
     python -m bench.generation [--sampled] [--json FILE]
 """
 
 import argparse
 import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping
 
@@ -20,13 +24,14 @@ from bench.measure import interleaved, json_flag, machine, show, write_json
 from llm_jax.data.tokenizers.pieces import PieceTokenizer
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
-from llm_jax.models.gpt import Config, make
+from llm_jax.models.gpt import GPT, Config, make
 from llm_jax.nn.precision import Precision
 
 Generate = Callable[[np.ndarray, SamplingConfig], None]
 
 VOCAB_SIZE, LAYERS, EMBED_DIM, HEADS, MAX_LENGTH = 8192, 6, 384, 6, 1024
 PROMPT_LENGTH, NEW_TOKENS, REPEATS = 32, 128, 3
+NUM_REQUESTS = 64
 
 
 class NoText(PieceTokenizer):
@@ -43,15 +48,23 @@ class NoText(PieceTokenizer):
     encode_batch = save_huggingface = encode
 
 
-def ours() -> Generate:
+def make_model() -> GPT:
     config = Config(
         vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, num_layers=LAYERS, num_heads=HEADS,
         max_length=MAX_LENGTH, norm="layernorm", norm_bias=True, position="learned",
         activation="gelu_tanh", gated=False, attention_bias=True, attention_out_bias=True,
         mlp_bias=True, tie_embeddings=True,
     )  # fmt: skip
-    model = make(config, precision=Precision(), rngs=nnx.Rngs(0))
-    engine = Engine(model, NoText())
+    return make(config, precision=Precision(), rngs=nnx.Rngs(0))
+
+
+def make_engine(num_slots: int) -> Engine:
+    # Runs are repeated: prompts must not be found in the store.
+    return Engine(make_model(), NoText(), num_slots=num_slots, prefix_tokens=0)
+
+
+def ours() -> Generate:
+    engine = make_engine(16)
 
     def run(prompts: np.ndarray, config: SamplingConfig) -> None:
         done = engine.generate(prompts.tolist(), config)
@@ -99,6 +112,45 @@ def measure(
     return {name: batch_size * NEW_TOKENS / seconds for name, seconds in medians.items()}
 
 
+def many_requests() -> list[tuple[list[int], SamplingConfig]]:
+    rng = np.random.default_rng(0)
+    ways = (
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_p": 0.95},
+        {"temperature": 1.0, "top_k": 50},
+        {"temperature": 0.7, "min_p": 0.05, "repetition_penalty": 1.1},
+    )
+    return [
+        (rng.integers(1, VOCAB_SIZE, rng.integers(16, 257)).tolist(),
+         SamplingConfig(**ways[n % 4], seed=n, max_tokens=int(rng.integers(32, 193))))
+        for n in range(NUM_REQUESTS)
+    ]  # fmt: skip
+
+
+def serve(engine: Engine, requests, together: int) -> None:
+    """All requests, `together` of them submitted at a time, which must end before the next come."""
+    for first in range(0, len(requests), together):
+        for prompt, config in requests[first : first + together]:
+            engine.submit(prompt, config)
+        while engine.has_work:
+            engine.step()
+
+
+def measure_serving() -> list[dict]:
+    """New tokens per second: one queue for all, beside batches as large as there are slots."""
+    requests = many_requests()
+    tokens = sum(config.max_tokens for _, config in requests)
+    contenders = {}
+    for num_slots, together in itertools.product((16, 32), ("queue", "batches")):
+        engine, most = make_engine(num_slots), len(requests) if together == "queue" else num_slots
+        contenders[num_slots, together] = functools.partial(serve, engine, requests, most)
+    medians = interleaved(contenders, REPEATS)
+    return [
+        {"slots": slots, **{t: tokens / medians[slots, t] for t in ("queue", "batches")}}
+        for slots in (16, 32)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     json_flag(parser)
@@ -118,7 +170,10 @@ def main() -> None:
     columns = ("method", "batch", "ours, tokens/s", "Hugging Face, tokens/s", "ratio")
     title = "Generation, 14M parameters, float32, 32 + 128 tokens"
     show(title, columns, [list(row.values()) for row in rows], about)
-    write_json(arguments.json, {"machine": about, "results": rows})
+    serving = measure_serving()
+    title = f"{NUM_REQUESTS} requests of mixed lengths and ways of drawing, new tokens/s"
+    show(title, ("slots", "one queue", "batches"), [list(row.values()) for row in serving], about)
+    write_json(arguments.json, {"machine": about, "results": rows, "serving": serving})
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class ExactMatch:
             return Findings({})
         sources, targets = zip(*pairs, strict=True)
         longest = max(len(subject.tokenizer.encode(target)) for target in targets) + 1
-        engine = Engine(subject.model, subject.tokenizer, batch_size=_BATCH)
+        engine = Engine(subject.model, subject.tokenizer, num_slots=_BATCH)
         room = min(longest + longest // 4 + 2, engine.max_length)  # a text too long is wrong anyway
         greedy = engine.generate(sources, SamplingConfig(temperature=0.0, max_tokens=room))
         texts = [completion.text for completion in greedy]

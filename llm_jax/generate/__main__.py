@@ -27,6 +27,8 @@ def main() -> None:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed,
         max_tokens=arguments.max_tokens,
     )
@@ -62,6 +64,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top_p", type=float, default=0.95,
                    help="draw from the fewest tokens that reach this probability; default: 0.95")  # fmt: skip
     p.add_argument("--top_k", type=int, help="draw from the k most probable tokens")
+    p.add_argument("--min_p", type=float,
+                   help="draw from the tokens at least so probable, in shares of the first")  # fmt: skip
+    p.add_argument("--repetition_penalty", type=float, default=1.0,
+                   help="above 1: tokens of prompt and text become less probable; default: 1")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_beams", type=int,
                    help="search for the most probable text with so many beams, instead of drawing one")  # fmt: skip

@@ -1,76 +1,54 @@
-"""Generation in batches with a key-value cache, by decoders and encoder-decoders.
+"""Generation for many requests at once, by decoders and encoder-decoders: continuous batching.
 
-One program per step: it runs the model on one token per row, draws the next and hands it back on the
-device, so that step n + 1 is under way while the host reads token n. The prompt goes through a second
-program, all but its last token, which the first step takes: so nothing computes the logits of a
-prompt, and that program does not depend on how tokens are drawn.
+`submit` takes a request, `step` says what became known since the last call; `generate` and `stream` are
+loops around the two. A step does two things: it sends a piece of the prompts that wait to the device
+(generate/prefill.py), and it sends the texts that are being written one token on (generate/batch.py). The
+host reads a step while the device is at the next one.
 
-Shapes come in powers of two (batch, prompt, cache), and the cache starts small and doubles, so that
-few programs are compiled and a step never reads more than twice the keys that it needs. Shorter
-prompts are padded on the left with segment 0; positions count from the start of each prompt. A prompt of
-an encoder-decoder goes to its encoder, `eos` behind it, and the text starts from the pad token.
+Requests come in as they were submitted, each when a slot is free. What a request is answered with does not
+depend on what else is there, up to the last bits of the logits: matrix products of other sizes sum in
+another order. Its randomness is its own (generate/sampler.py).
 
-The engine keeps a copy of the parameters: layers apart, since slicing a stacked parameter costs a
-copy of it per token, and matrices in the compute dtype, since they are then read in half the time. On
-CPU it computes in float32 whatever the model was trained in: see Precision.for_generation.
+A prompt of an encoder-decoder goes to its encoder, `eos` behind it, and the text starts from the pad token.
 """
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Model, Tokenizer
-from llm_jax.generate.beam import NOTHING, BeamConfig, Hypothesis, search
+from llm_jax.generate.batch import Batch, Read
+from llm_jax.generate.beam import NOTHING, BeamConfig, Beams, Hypothesis, search
 from llm_jax.generate.events import Alternative, Completion, RowStream, TokenEvent, completion
+from llm_jax.generate.prefill import SMALLEST_CHUNK, Encoded, Prefill, next_group
+from llm_jax.generate.prefix import PrefixCache
+from llm_jax.generate.programs import Programs
 from llm_jax.generate.prompts import left_padded, power_of_two, right_padded
-from llm_jax.generate.sampler import SamplingConfig, SamplingMethod, draw
-from llm_jax.nn.cache import KVCache
-from llm_jax.nn.precision import with_precision
-from llm_jax.nn.transformer import unstack
-
-SMALLEST_CACHE = 256  # below it, reading the cache costs nothing next to reading the weights
-SMALLEST_PROMPT = 16
+from llm_jax.generate.requests import Request
+from llm_jax.generate.sampler import SamplingConfig
 
 Prompt = str | Sequence[int]
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """What a step knows of its rows: tokens and positions [B, 1] int32, keys [B], index scalar."""
-
-    tokens: jax.Array
-    positions: jax.Array
-    keys: jax.Array
-    index: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A step's result: tokens, log_probabilities [B]; the k best: ids, log probabilities [B, k]."""
-
-    tokens: jax.Array
-    log_probabilities: jax.Array
-    best_tokens: jax.Array
-    best_log_probabilities: jax.Array
+_BEAM_CACHE = 256  # places of the smallest cache of a beam search
 
 
 class Engine:
     """Completes prompts with a model that has `init_cache`, or `encode` and `start`.
 
     Args:
-      model: may be on several devices; shardings propagate from its parameters.
+      model: may be on several devices: heads of the cache lie as those of its parameters do, all else is
+        propagated from them.
       max_length: most tokens of prompt and completion together, with an encoder of each of them; None is
         the model's max_length, which learned positions cannot exceed and others were not trained to.
-      batch_size: most prompts that run together.
+      num_slots: most requests that run together.
+      chunk_tokens: most tokens of prompts that are computed between two tokens of a text; a power of two.
+      prefix_tokens: how many tokens of earlier prompts and texts keep their keys, for prompts that begin
+        with them; 0: none.
 
     Attributes:
       has_encoder: whether prompts go to an encoder and the text answers them, instead of going on.
@@ -85,7 +63,9 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         max_length: int | None = None,
-        batch_size: int = 16,
+        num_slots: int = 16,
+        chunk_tokens: int = 256,
+        prefix_tokens: int = 8192,
     ):
         self.has_encoder = hasattr(model, "encode")
         if not (self.has_encoder or hasattr(model, "init_cache")):
@@ -93,32 +73,19 @@ class Engine:
                 f"{type(model).__name__} cannot generate text: it has no init_cache; choices: "
                 "gpt, encoder_decoder"
             )
-        self._config, self.tokenizer, self.batch_size = model.config, tokenizer, batch_size
+        self.tokenizer, self.num_slots, self._chunk_tokens = tokenizer, num_slots, chunk_tokens
         self.max_length = model.config.max_length if max_length is None else max_length
-        self._check_limits()
-        model = with_precision(unstack(model), model.precision.for_generation())
-        self._graphdef, state = nnx.split(model)
-        leaves, self._treedef = jax.tree.flatten(state)
-        dtype = model.precision.dtype
-        # Norms compute in float32 with their one-dimensional scales, routers and relative biases with
-        # their tables; all else is cast at its use.
-        variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-        self._leaves = [
-            a.astype(dtype) if a.ndim > 1 and not {"router", None} & set(v.axes) else a
-            for a, v in zip(leaves, variables, strict=True)
-        ]
-        if not self.has_encoder:
-            self._empty_cache = jax.jit(model.init_cache, static_argnums=(0, 1))
-        self._encode = jax.jit(self._encode_program, static_argnums=2)
-        self._grow = jax.jit(KVCache.grown, static_argnums=1)
-        self._fill = jax.jit(self._fill_program, donate_argnums=1)
-        self._step = jax.jit(
-            self._step_program, donate_argnums=(1, 2), static_argnames=("method", "num_best")
-        )
+        self._check_limits(model.config)
+        self._programs = Programs(model, tokenizer.vocab_size, self.max_length - 1)
+        self._prefix = PrefixCache(self._programs, 0 if self.has_encoder else prefix_tokens)
+        self._batch = Batch(self._programs)
+        self._group: Prefill | Encoded | None = None
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._requests: dict[int, Request] = {}
+        self._next_id = 0
         self._beams = jax.jit(self._beam_program, static_argnums=4)
 
-    def _check_limits(self) -> None:
-        config = self._config
+    def _check_limits(self, config) -> None:
         if self.max_length < 2:
             raise ConfigError(f"max_length {self.max_length} must be at least 2")
         if getattr(config, "position", None) == "learned" and self.max_length > config.max_length:
@@ -126,13 +93,155 @@ class Engine:
                 f"max_length {self.max_length} exceeds the {config.max_length} learned positions "
                 "of the model"
             )
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size {self.batch_size} must be at least 1")
+        if self.num_slots < 1:
+            raise ConfigError(f"num_slots {self.num_slots} must be at least 1")
+        chunk = self._chunk_tokens
+        if chunk < SMALLEST_CHUNK or chunk != power_of_two(chunk):
+            raise ConfigError(
+                f"chunk_tokens {chunk} must be a power of two, at least {SMALLEST_CHUNK}"
+            )
         if self.tokenizer.vocab_size > config.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids, the model only "
                 f"{config.vocab_size}"
             )
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig,
+        *,
+        number: int = 0,
+        top_alternatives: int = 0,
+        prompt_log_probabilities: bool = False,
+    ) -> int:
+        """Puts a request in the queue; returns its id, which is `row` of its events.
+
+        Args:
+          prompt: text, which gets a bos in front, or ids taken as they are; "" and [] are a bos.
+          number: of the request's randomness, together with `sampling.seed`: the same two give the same text.
+          top_alternatives: how many of the most probable tokens come with each event.
+          prompt_log_probabilities: the first event has those of the prompt's tokens, all but the first.
+
+        Raises:
+          ConfigError: a prompt that does not fit in max_length, or ids that the model has not.
+        """
+        tokens = self.prompt_tokens(prompt)
+        self._check_prompt("the prompt", tokens)
+        self._check_sampling(sampling, top_alternatives)
+        if prompt_log_probabilities and self.has_encoder:
+            raise ConfigError("an encoder's prompt has no log probabilities")
+        return self._submit(tokens, sampling, number, top_alternatives, prompt_log_probabilities)
+
+    def _submit(self, tokens, sampling, number, top_alternatives, scored) -> int:
+        self._next_id += 1
+        stream = RowStream(
+            self._next_id,
+            self.tokenizer,
+            max_tokens=sampling.max_tokens,
+            room=self.room(tokens),
+            stops=sampling.stops,
+        )
+        decoder = [self.tokenizer.pad_id] if self.has_encoder else tokens
+        request = Request(
+            self._next_id,
+            tokens,
+            decoder,
+            sampling,
+            number % 2**32,
+            top_alternatives,
+            scored,
+            stream,
+        )
+        self._requests[request.id] = request
+        self._waiting.append(request)
+        return request.id
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request without further events; ids that are unknown or over are ignored."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        if request in self._waiting:
+            self._waiting.remove(request)
+        self._end(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot, those whose prompts are being computed included."""
+        return len(self._requests) - len(self._waiting)
+
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens so far whose keys were there already."""
+        return self._prefix.reused
+
+    def step(self) -> list[TokenEvent]:
+        """Goes on with what was submitted, and returns the events that became known; may be none."""
+        self._admit()
+        sent = self._batch.step(may_shrink=not self._waiting)
+        return [self._event(read) for read in self._batch.read(leave=1 if sent else 0)]
+
+    def _admit(self) -> None:
+        """Sends a piece of the prompts that wait; where no text is held up by them, all that go in one piece."""
+        held_up = self._batch.wants_step
+        while self._group is not None or (self._waiting and self._free_slots()):
+            if self._group is None:
+                self._group = self._next_group()
+            if not self._group.done:
+                self._group.advance()
+            if self._group.done:
+                self._insert(self._group)
+                self._group = None
+            if held_up or self._group is not None:
+                return
+
+    def _free_slots(self) -> int:
+        return self.num_slots - len(self._batch.running)
+
+    def _next_group(self) -> Prefill | Encoded:
+        free = self._free_slots()
+        if self.has_encoder:
+            count = min(free, len(self._waiting))
+            group = [self._waiting.popleft() for _ in range(count)]
+            return Encoded(self._programs, group, self.max_length)
+        return next_group(
+            self._programs, self._waiting, self._prefix, most=free, chunk_tokens=self._chunk_tokens
+        )
+
+    def _insert(self, group: Prefill | Encoded) -> None:
+        self._batch.insert(group)
+        for row, request in enumerate(group.requests):
+            self._prefix.save(group.cache, row, request.decoder[:-1], group.columns(row))
+
+    def _event(self, read: Read) -> TokenEvent:
+        request = read.request
+        request.generated.append(read.token)
+        alternatives = tuple(Alternative(*best) for best in read.best)
+        event = request.stream.event(read.token, read.log_probability, alternatives)
+        if request.scored and event.index == 0:
+            values = np.concatenate([np.zeros(0), *(scores[0] for scores in request.prompt_scores)])
+            known = tuple(values[: len(request.decoder) - 1].tolist())
+            event = dataclasses.replace(event, prompt_log_probabilities=known)
+        if event.stop_reason is not None:
+            self._end(request)
+        return event
+
+    def _end(self, request: Request) -> None:
+        request.over = True
+        del self._requests[request.id]
+        if request in self._batch.requests:
+            cache, row, columns = self._batch.remove(request)
+            self._prefix.save(cache, row, request.known, columns)
 
     def generate(
         self,
@@ -174,34 +283,32 @@ class Engine:
             under the same number gives the same text in any batch.
 
         Raises:
-          ConfigError: a prompt that does not fit in max_length, or ids that the model has not.
+          ConfigError: as `submit`; or requests that were submitted and are not over.
         """
         rows = [self.prompt_tokens(prompt) for prompt in prompts]
         numbers = list(range(len(rows))) if row_numbers is None else list(row_numbers)
         if len(numbers) != len(rows):
             raise ConfigError(f"{len(numbers)} row_numbers for {len(rows)} prompts")
-        if not 0 <= top_alternatives <= self.tokenizer.vocab_size:
-            raise ConfigError(
-                f"top_alternatives {top_alternatives} must lie in 0..{self.tokenizer.vocab_size}"
-            )
         for index, row in enumerate(rows):
-            self._check_prompt(index, row)
+            self._check_prompt(f"prompt {index}", row)
+        self._check_sampling(config, top_alternatives)
         return self._stream(rows, numbers, config, top_alternatives)
 
     def _stream(self, rows, numbers, config, top_alternatives) -> Iterator[TokenEvent]:
-        for first in range(0, len(rows), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            streams = [
-                RowStream(
-                    first + i,
-                    self.tokenizer,
-                    max_tokens=config.max_tokens,
-                    room=self.room(row),
-                    stops=config.stops,
-                )
-                for i, row in enumerate(rows[part])
-            ]
-            yield from self._run(rows[part], numbers[part], streams, config, top_alternatives)
+        if self._requests:
+            raise ConfigError(f"{len(self._requests)} requests are not over: read them by step()")
+        ids = [
+            self._submit(row, config, number, top_alternatives, False)
+            for row, number in zip(rows, numbers, strict=True)
+        ]
+        indices = {request_id: index for index, request_id in enumerate(ids)}
+        try:
+            while self._requests:
+                for event in self.step():
+                    yield dataclasses.replace(event, row=indices[event.row])
+        finally:
+            for request_id in ids:
+                self.cancel(request_id)
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """The ids that the model sees for a prompt."""
@@ -219,25 +326,51 @@ class Engine:
         """
         rows = [self.prompt_tokens(prompt) for prompt in prompts]
         for index, row in enumerate(rows):
-            self._check_prompt(index, row)
+            self._check_prompt(f"prompt {index}", row)
             if self.room(row) < config.max_tokens:
                 raise ConfigError(
                     f"prompt {index} leaves room for {self.room(row)} tokens of max_length "
                     f"{self.max_length}: max_tokens is {config.max_tokens}"
                 )
         found: list[list[Hypothesis]] = []
-        for first in range(0, len(rows), self.batch_size):
-            part = rows[first : first + self.batch_size]
-            used = self._used(part)
-            size = power_of_two(max(used + config.max_tokens, SMALLEST_CACHE))
-            cache, state = self._start(part, [0] * len(part), 0, used, size)
-            arrays = self._beams(self._leaves, cache, state.tokens, state.positions, config)
-            finished, running = jax.device_get(arrays)
+        for first in range(0, len(rows), self.num_slots):
+            part = rows[first : first + self.num_slots]
+            finished, running = jax.device_get(self._search(part, config))
             for row in range(len(part)):
                 # Where nothing ended, what is still running is the answer.
                 beams = finished if finished.scores[row, 0] > NOTHING else running
                 found.append(self._hypotheses(beams.tokens[row], beams.scores[row]))
         return found
+
+    def _search(self, rows: list[list[int]], config: BeamConfig) -> tuple[Beams, Beams]:
+        """(finished, still running), of prompts in a cache of their own, padded on the left."""
+        programs = self._programs
+        batch = power_of_two(len(rows))
+        rows = rows + [rows[0][:1]] * (batch - len(rows))
+        longest = power_of_two(max(SMALLEST_CHUNK, *map(len, rows)))
+        used = 0 if self.has_encoder else longest
+        size = power_of_two(max(used + config.max_tokens, _BEAM_CACHE))
+        if self.has_encoder:
+            encoded = right_padded(rows, min(longest, self.max_length))
+            cache = programs.encode(programs.leaves, encoded, size)
+            rows = [[self.tokenizer.pad_id]] * batch
+        else:
+            cache = programs.empty_cache(batch, size)
+            cache, _ = programs.fill(programs.leaves, cache, left_padded(rows, used))
+        tokens = np.array([row[-1:] for row in rows], np.int32)
+        positions = np.array([[len(row) - 1] for row in rows], np.int32)
+        return self._beams(programs.leaves, cache, tokens, positions, config)
+
+    def _beam_program(self, leaves, cache, tokens, positions, config: BeamConfig):
+        def next_logits(tokens, positions, cache):
+            return self._programs.next_logits(
+                leaves, tokens, positions, jnp.ones_like(tokens), cache
+            )
+
+        return search(
+            next_logits, config, cache, jnp.asarray(tokens), jnp.asarray(positions),
+            eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id,
+        )  # fmt: skip
 
     def _hypotheses(self, tokens: np.ndarray, scores: np.ndarray) -> list[Hypothesis]:
         eos = self.tokenizer.eos_id
@@ -253,143 +386,27 @@ class Engine:
         """New tokens that fit after a prompt."""
         return self.max_length - (0 if self.has_encoder else len(row))
 
-    def _used(self, rows: list[list[int]]) -> int:
-        """Places of the cache that the prompts take, all but their last tokens."""
-        longest = 0 if self.has_encoder else max(map(len, rows)) - 1
-        return power_of_two(max(longest, SMALLEST_PROMPT)) if longest else 0
-
-    def _check_prompt(self, index: int, row: list[int]) -> None:
+    def _check_prompt(self, name: str, row: list[int]) -> None:
         most = self.max_length if self.has_encoder else self.max_length - 1
         if len(row) > most:
             border = "eos" if self.has_encoder else "bos"
             raise ConfigError(
-                f"prompt {index} has {len(row)} tokens with {border}: max_length {self.max_length} "
+                f"{name} has {len(row)} tokens with {border}: max_length {self.max_length} "
                 f"leaves room for at most {most}"
             )
         wrong = [token for token in row if not 0 <= token < self.tokenizer.vocab_size]
         if wrong:
             raise ConfigError(
-                f"prompt {index} holds token id {wrong[0]}: ids of this model lie in "
+                f"{name} holds token id {wrong[0]}: ids of this model lie in "
                 f"0..{self.tokenizer.vocab_size - 1}"
             )
 
-    def _run(
-        self,
-        rows: list[list[int]],
-        numbers: list[int],
-        streams: list[RowStream],
-        config: SamplingConfig,
-        top_alternatives: int,
-    ) -> Iterator[TokenEvent]:
-        """One batch, from its prompts to the last row's end."""
-        used = self._used(rows)
-        size = power_of_two(max(used + 1, SMALLEST_CACHE))
-        cache, state = self._start(rows, numbers, config.seed, used, size)
-        temperature, top_p = jnp.float32(config.temperature), jnp.float32(config.top_p or 1.0)
-        pending: collections.deque[Drawn] = collections.deque()
-        for _ in range(max(stream.limit for stream in streams)):
-            if used == size:
-                size *= 2
-                cache = self._grow(cache, size)
-            cache, state, drawn = self._step(
-                self._leaves, cache, state, temperature, top_p,
-                method=config.method, num_best=top_alternatives,
-            )  # fmt: skip
-            used += 1
-            pending.append(drawn)
-            if len(pending) > 1:  # the step just sent runs while the one before it is read
-                yield from _events(pending.popleft(), streams)
-            if all(stream.stopped for stream in streams):
-                return
-        yield from _events(pending.popleft(), streams)
-
-    def _start(
-        self, rows: list[list[int]], numbers: list[int], seed: int, used: int, size: int
-    ) -> tuple[KVCache, Rows]:
-        """A cache of `size` whose `used` places hold all of each prompt but its last token.
-
-        With an encoder the cache attends to the prompts, and the last token is the pad token.
-        """
-        batch = power_of_two(len(rows))
-        rows = rows + [rows[0][:1]] * (batch - len(rows))
-        numbers = numbers + [0] * (batch - len(numbers))
-        if self.has_encoder:
-            longest = power_of_two(max(SMALLEST_PROMPT, *map(len, rows)))
-            encoded = right_padded(rows, min(longest, self.max_length))
-            cache = self._encode(self._leaves, encoded, size)
-            rows = [[self.tokenizer.pad_id]] * batch
-        else:
-            cache = self._empty_cache(batch, size)
-        if used:
-            cache = self._fill(self._leaves, cache, left_padded(rows, used))
-        return cache, Rows(
-            tokens=jnp.asarray([row[-1:] for row in rows], jnp.int32),
-            positions=jnp.asarray([[len(row) - 1] for row in rows], jnp.int32),
-            keys=_row_keys(seed, np.asarray(numbers, np.uint32)),
-            index=jnp.zeros((), jnp.int32),
-        )
-
-    def _model(self, leaves: list[jax.Array]) -> Model:
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
-
-    def _fill_program(self, leaves, cache: KVCache, batch: dict[str, jax.Array]) -> KVCache:
-        return self._model(leaves)(batch, cache=cache).cache
-
-    def _encode_program(self, leaves, batch: dict[str, jax.Array], size: int) -> KVCache:
-        model = self._model(leaves)
-        return model.start(model.encode(batch), size)
-
-    def _next_logits(self, leaves, tokens, positions, cache) -> tuple[jax.Array, KVCache]:
-        """tokens, positions: [B, 1] to logits [B, V] of the tokenizer's ids, and the cache."""
-        segment_ids = jnp.ones_like(tokens)
-        batch = {"tokens": tokens, "positions": positions, "segment_ids": segment_ids}
-        out = self._model(leaves)(batch, cache=cache)
-        # A vocabulary padded for the mesh has ids that mean nothing.
-        return out.logits[:, -1, : self.tokenizer.vocab_size], out.cache
-
-    def _beam_program(self, leaves, cache, tokens, positions, config: BeamConfig):
-        return search(
-            functools.partial(self._next_logits, leaves), config, cache, tokens, positions,
-            eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id,
-        )  # fmt: skip
-
-    def _step_program(
-        self,
-        leaves,
-        cache: KVCache,
-        rows: Rows,
-        temperature: jax.Array,
-        top_p: jax.Array,
-        *,
-        method: SamplingMethod,
-        num_best: int,
-    ) -> tuple[KVCache, Rows, Drawn]:
-        logits, cache = self._next_logits(leaves, rows.tokens, rows.positions, cache)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, rows.index)
-        tokens, log_probabilities = draw(logits, keys, temperature, top_p, method)
-        best, best_tokens = jax.lax.top_k(logits, num_best)
-        best -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        # A row that has stopped runs on, unread, beside those that have not.
-        positions = jnp.minimum(rows.positions + 1, self.max_length - 1)
-        rows = Rows(tokens[:, None], positions, rows.keys, rows.index + 1)
-        return cache, rows, Drawn(tokens, log_probabilities, best_tokens, best)
-
-
-@jax.jit
-def _row_keys(seed: int, numbers: jax.Array) -> jax.Array:
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
-
-
-def _events(drawn: Drawn, streams: list[RowStream]) -> Iterator[TokenEvent]:
-    """The events of one step, for the rows still running."""
-    drawn = jax.device_get(drawn)
-    for i, stream in enumerate(streams):
-        if stream.stopped:
-            continue
-        alternatives = tuple(
-            Alternative(int(token), float(value))
-            for token, value in zip(
-                drawn.best_tokens[i], drawn.best_log_probabilities[i], strict=True
+    def _check_sampling(self, config: SamplingConfig, top_alternatives: int) -> None:
+        vocab_size = self.tokenizer.vocab_size
+        if not 0 <= top_alternatives <= vocab_size:
+            raise ConfigError(f"top_alternatives {top_alternatives} must lie in 0..{vocab_size}")
+        wrong = [token for token in config.logit_bias if not 0 <= token < vocab_size]
+        if wrong:
+            raise ConfigError(
+                f"logit_bias holds token id {wrong[0]}: ids of this model lie in 0..{vocab_size - 1}"
             )
-        )
-        yield stream.event(int(drawn.tokens[i]), float(drawn.log_probabilities[i]), alternatives)

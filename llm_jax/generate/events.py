@@ -26,11 +26,12 @@ class Alternative:
 class TokenEvent:
     """One new token.
 
-    row: which prompt; index: 0 for the first new token of the row.
+    row: which prompt or request; index: 0 for the first new token of the row.
     text: what this token adds to the row's text, "" while a character is incomplete.
     log_probability: under the model itself, before temperature, top-k and top-p.
     alternatives: the most probable tokens at this place, best first, if asked for.
     stop_reason: set on the row's last token.
+    prompt_log_probabilities: on the first token, if asked for: of the prompt's tokens, all but the first.
     """
 
     row: int
@@ -40,6 +41,7 @@ class TokenEvent:
     log_probability: float
     alternatives: tuple[Alternative, ...] = ()
     stop_reason: StopReason | None = None
+    prompt_log_probabilities: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

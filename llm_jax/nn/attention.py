@@ -10,7 +10,11 @@ from flax import nnx
 from llm_jax.core.param import Initializer, param, zeros
 from llm_jax.nn.cache import KVCache
 from llm_jax.nn.kernels import attention as kernels
-from llm_jax.nn.kernels.reference import attention_weights, dot_product_attention
+from llm_jax.nn.kernels.reference import (
+    attention_weights,
+    cached_attention,
+    dot_product_attention,
+)
 from llm_jax.nn.kernels.spec import AttentionSpec, Kernel
 from llm_jax.nn.mask import Places, attention_mask
 from llm_jax.nn.norm import Norm, NormConfig
@@ -130,8 +134,10 @@ class Attention(nnx.Module):
             key, value = (_pin(a, layout, "kv_heads", whole) for a in (key, value))
         if cache is not None and not cross:
             cache = cache.with_layer(layer, key, value)
-            key, value = (jnp.swapaxes(a[layer], 1, 2) for a in (cache.keys, cache.values))
-        if sight.mask is not None:
+            stored = (cache.keys[layer], cache.values[layer])
+            out = cached_attention(p, query, *stored, sight.mask, spec.soft_cap, bias)
+            key = jnp.moveaxis(cache.by_rows(stored[0]), 0, 2)
+        elif sight.mask is not None:
             out = dot_product_attention(p, query, key, value, sight.mask, spec.soft_cap, bias)
         else:
             out = kernels.attention(

@@ -61,9 +61,10 @@ class RelativeBias(nnx.Module):
         return flat.reshape(-1, num_queries, length - 1)[:, :, :num_keys]
 
     def after(self, start: jax.Array, num_queries: int, num_keys: int) -> jax.Array:
-        """Of queries at indices start, start + 1, ... to keys from index 0: [N, T, S]."""
+        """Of causal queries at indices start, start + 1, ... of a ring of keys: [N, T, S]."""
         queries = start + jnp.arange(num_queries)
-        return jnp.moveaxis(self._of(jnp.arange(num_keys) - queries[:, None]), -1, 0)
+        back = (queries[:, None] - jnp.arange(num_keys)) % num_keys
+        return jnp.moveaxis(self._of(-back), -1, 0)
 
     def _of(self, distances: jax.Array) -> jax.Array:
         buckets = relative_buckets(self.config, distances, causal=self.causal)

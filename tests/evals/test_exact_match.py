@@ -14,7 +14,7 @@ class Parrot:
 
     max_length = 64
 
-    def __init__(self, model, tokenizer, *, batch_size):
+    def __init__(self, model, tokenizer, *, num_slots):
         pass
 
     def generate(self, prompts, config):

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llm_jax.generate.sampler import SamplingConfig, first_argmax, sample, top_p_mask
+from llm_jax.generate.sampler import (
+    Sampling,
+    SamplingConfig,
+    SamplingMethod,
+    draw,
+    first_argmax,
+    processed,
+    sample,
+    top_k_mask,
+    top_p_mask,
+)
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.15, 0.3, 0.1], np.float32))
 
@@ -113,9 +123,90 @@ def test_rows_draw_apart():
         ({"top_p": 1.5}, r"top_p 1.5 must lie in \(0, 1\]"),
         ({"max_tokens": 0}, "max_tokens 0 must be at least 1"),
         ({"seed": -1}, "seed -1 must lie in"),
+        ({"min_p": 1.1}, r"min_p 1.1 must lie in \[0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be above 0"),
+        ({"logit_bias": {3: float("inf")}}, "logit_bias inf must be a finite number"),
     ],
 )
 def test_config_errors(fields, words):
     with pytest.raises(ValueError, match=words) as error:
         SamplingConfig(**fields)
     assert "\n" not in str(error.value)
+
+
+MIXED = (
+    SamplingConfig(temperature=0.0),
+    SamplingConfig(temperature=0.7),
+    SamplingConfig(top_k=5),
+    SamplingConfig(top_p=0.8),
+    SamplingConfig(min_p=0.1),
+    SamplingConfig(temperature=1.4, top_k=30, top_p=0.9, min_p=0.02),
+    SamplingConfig(repetition_penalty=1.8),
+    SamplingConfig(temperature=0.0, repetition_penalty=0.6, logit_bias={2: 3.5, 9: -4.0}),
+    SamplingConfig(temperature=0.5, logit_bias={n: n / 9 for n in range(20)}, top_k=1000),
+)
+
+
+def test_each_row_is_processed_as_by_transformers():
+    torch = pytest.importorskip("torch")
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(len(MIXED), 61)).astype(np.float32) * 3
+    ids = rng.integers(0, 61, (len(MIXED), 12))
+    seen = np.zeros(logits.shape, bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    method = SamplingMethod.of(MIXED)
+    got = np.asarray(
+        jax.jit(processed, static_argnums=2)(logits, Sampling.of(MIXED, method), method, seen)
+    )
+    for row, config in enumerate(MIXED):
+        chain = processors.LogitsProcessorList()
+        if config.logit_bias:
+            bias = {(token,): value for token, value in config.logit_bias.items()}
+            chain.append(processors.SequenceBiasLogitsProcessor(bias))
+        chain.append(processors.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        if config.temperature:
+            chain.append(processors.TemperatureLogitsWarper(config.temperature))
+            chain.append(processors.TopKLogitsWarper(config.top_k or 61))
+            chain.append(processors.TopPLogitsWarper(config.top_p or 1.0))
+            chain.append(processors.MinPLogitsWarper(config.min_p or 0.0))
+        wanted = chain(torch.tensor(ids[row : row + 1]), torch.tensor(logits[row : row + 1]))[
+            0
+        ].numpy()
+        if not config.temperature:
+            assert got[row].argmax() == wanted.argmax()
+            continue
+        np.testing.assert_array_equal(np.isinf(got[row]), np.isinf(wanted), err_msg=str(config))
+        np.testing.assert_allclose(got[row], wanted, rtol=1e-6, err_msg=str(config))
+
+
+def test_what_another_row_needs_changes_nothing():
+    """Tokens, and log probabilities to the last bit, of each row alone and among rows drawn in other ways."""
+    logits = jax.random.normal(jax.random.key(0), (len(MIXED), 700)) * 2
+    keys = jax.random.split(jax.random.key(1), len(MIXED))
+    seen = jax.random.bernoulli(jax.random.key(2), 0.2, logits.shape)
+    run = jax.jit(draw, static_argnames="method")
+    method = SamplingMethod.of(MIXED)
+    together = run(logits, keys, Sampling.of(MIXED, method), method=method, seen=seen)
+    for row, config in enumerate(MIXED):
+        one = SamplingMethod.of([config])
+        rows = [config] * len(MIXED)
+        alone = run(logits, keys, Sampling.of(rows, one), method=one, seen=seen)
+        assert alone[0][row] == together[0][row]
+        assert alone[1][row] == together[1][row]
+
+
+def test_top_k_keeps_k_of_any_floats():
+    rng = np.random.default_rng(0)
+    for values in (
+        rng.normal(size=(8, 100)).astype(np.float32) * 1e3,
+        rng.integers(-2, 3, (8, 100)).astype(np.float32),  # many equal ones
+        np.zeros((2, 100), np.float32) * np.float32(-1.0),
+        np.where(rng.random((8, 100)) < 0.5, -np.inf, rng.normal(size=(8, 100))).astype(np.float32),
+    ):
+        for k in (1, 2, 17, 99, 100, 2**31 - 1):
+            mask = np.asarray(jax.jit(top_k_mask)(values, jnp.full((len(values), 1), k)))
+            order = np.argsort(-values, axis=-1, kind="stable")
+            wanted = np.zeros(values.shape, bool)
+            np.put_along_axis(wanted, order[:, :k], True, axis=-1)
+            np.testing.assert_array_equal(mask, wanted)

@@ -41,6 +41,33 @@ def _softmax(scores, mask, bias):
     return jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
 
 
+def cached_attention(
+    precision: Precision,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """`dot_product_attention` to key and value of a KVCache, [K * B, S, H], which it takes as they lie."""
+    batch, length, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[0] // batch
+    query = (query * head_dim**-0.5).reshape(batch, length, num_kv_heads, -1, head_dim)
+    query = query.transpose(2, 0, 3, 1, 4)  # [K, B, G, T, H]
+    shape = (*query.shape[:-1], key.shape[1])
+    rows = query.reshape(key.shape[0], -1, head_dim)
+    scores = precision.einsum("xqh,xsh->xqs", rows, key, out_dtype=jnp.float32).reshape(shape)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if bias is not None:
+        scores = scores + bias.reshape(num_kv_heads, 1, -1, *bias.shape[1:])
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
+    weights = precision.cast(weights).reshape(*rows.shape[:2], -1)
+    out = precision.einsum("xqs,xsh->xqh", weights, value).reshape(query.shape)
+    return out.transpose(1, 3, 0, 2, 4).reshape(batch, length, num_heads, head_dim)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def dot_product_attention(
     precision: Precision,

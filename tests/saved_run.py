@@ -12,10 +12,10 @@ from llm_jax.training.config import RunConfig
 from llm_jax.training.program import build_program
 
 
-def save_run(workdir: Path, run: RunConfig, devices=None) -> None:
+def save_run(workdir: Path, run: RunConfig, devices=None, *, extra_tokens=()) -> None:
     """Writes its checkpoint of step 1, with the tokenizer of bytes."""
     program = build_program(run, make_mesh(run.mesh, devices))
-    raw_bytes.make(raw_bytes.Config()).save(workdir / "tokenizer")
+    raw_bytes.make(raw_bytes.Config(extra_tokens=extra_tokens)).save(workdir / "tokenizer")
     checkpointer = Checkpointer(workdir / "checkpoints", run.checkpoint)
     files = RunFiles(to_dict(run), {}, read_folder(workdir / "tokenizer"))
     checkpointer.save(1, program.init(jax.random.key(0)), files)

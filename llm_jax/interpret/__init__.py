@@ -1,0 +1,1 @@
+"""What a decoder does inside: where its heads look, what each layer would say, how probable a text is."""

@@ -1,0 +1,1 @@
+"""A model behind HTTP: OpenAI's endpoints, and a page that shows what the model thinks."""
