@@ -181,7 +181,7 @@ def choices(config: gpt.Config) -> dict[str, Any]:
         "moe": config.experts is not None,
         "mlp": "experts" if config.experts else "mlp",
         "gated": mlp.gated,
-        "tied": config.tie_embeddings,
+        "head_matrix": 'params["embed"].T' if config.tie_embeddings else 'params["head"]',
     }
     for activation in ("gelu", "gelu_tanh", "silu", "relu", "relu_squared"):
         given[activation] = mlp.activation == activation

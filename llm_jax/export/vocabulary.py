@@ -96,11 +96,15 @@ def _sentencepiece(tokenizer: PieceTokenizer) -> Vocabulary:
         reason = "it has unused pieces"
     if model.whitespace_as_suffix:
         reason = "it puts spaces behind words"
+    if PieceType.USER_DEFINED in types and model.model_type == _UNIGRAM:
+        reason = "it is unigram and has user-defined pieces"  # equal sums there are told apart by rounding
     if reason is not None:
         raise _refused(f"this SentencePiece model: {reason}, which")
     scores = np.array([piece.score for piece in model.pieces], np.float32)
-    normal = np.array([kind == PieceType.NORMAL for kind in types])
-    user = np.array([kind == PieceType.USER_DEFINED for kind in types])
+    # Spaces of a text have become U+2581 where pieces are looked for, so a piece with one is not found.
+    findable = np.array([" " not in piece.text for piece in model.pieces])
+    normal = findable & np.array([kind == PieceType.NORMAL for kind in types])
+    user = findable & np.array([kind == PieceType.USER_DEFINED for kind in types])
     by_text = {piece.text: i for i, piece in enumerate(model.pieces)}
     byte_ids = np.array([by_text[f"<0x{byte:02X}>"] for byte in range(256)], np.int32)
     given: dict[str, Any] = {"space_before": model.add_dummy_prefix}
@@ -111,11 +115,7 @@ def _sentencepiece(tokenizer: PieceTokenizer) -> Vocabulary:
         tensors["ranks"] = np.where(normal, ranks, -1).astype(np.int32)
         tensors |= {"user_defined": np.flatnonzero(user).astype(np.int32)} if user.any() else {}
         return _made(tokenizer, given | {"by_rank": True, "user_defined": user.any()}, tensors)
-    # A user-defined piece gets what always wins, computed as SentencePiece does.
-    best = max(scores[normal].max(), np.finfo(np.float32).tiny)
-    lengths = np.array([len(piece.text.encode("utf-8")) for piece in model.pieces], np.float32)
-    tensors["scores"] = np.where(user, (lengths * best).astype(np.float64) - 0.1, scores)
-    tensors["known"] = np.flatnonzero(normal | user).astype(np.int32)
+    tensors |= {"scores": scores, "known": np.flatnonzero(normal).astype(np.int32)}
     unknown = np.float32(scores[normal].min()) - np.float32(_UNKNOWN_PENALTY)
     return _made(tokenizer, given | {"unigram": True, "unknown_score": float(unknown)}, tensors)
 
@@ -208,7 +208,7 @@ def _byte_level(content: Mapping[str, Any]) -> dict[str, Any]:
         patterns.append(_GPT2_PATTERN)
     if len(patterns) != 1:
         raise _refused(f"a tokenizer.json that cuts words in {len(patterns)} ways")
-    if "$" in patterns[0] or "}+" in patterns[0]:  # mean another thing there
+    if re.search(r"\$|\d\}\+", patterns[0]):  # mean another thing there
         raise _refused(f"a tokenizer.json whose words are cut by {patterns[0]!r}")
     return {
         "byte_level": True,

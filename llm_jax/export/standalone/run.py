@@ -244,11 +244,11 @@ def attention(x, p, given_view, cache):
     #: else
     y = weights @ values  # [N, T, H]
     #: end
-    y = y.swapaxes(0, 1).reshape(num_new, -1) @ p["attention.out"]
+    y = y.swapaxes(0, 1).reshape(num_new, -1)  # the heads of each token side by side
     #: if attention_out_bias
-    return y + p["attention.out_bias"]
+    return y @ p["attention.out"] + p["attention.out_bias"]
     #: else
-    return y
+    return y @ p["attention.out"]
     #: end
 
 
@@ -334,26 +334,20 @@ def mlp(x, up, down):
 def mlp(x, p):
     #: if gated
     """[T, D] to [T, F] and back; what passes is gated by a second product (Shazeer 2020)."""
+    #: if mlp_bias
+    hidden, gate = x @ p["mlp.up"] + p["mlp.up_bias"], x @ p["mlp.gate"] + p["mlp.gate_bias"]
+    return (activation(gate) * hidden) @ p["mlp.down"] + p["mlp.down_bias"]
+    #: else
+    return (activation(x @ p["mlp.gate"]) * (x @ p["mlp.up"])) @ p["mlp.down"]
+    #: end
     #: else
     """[T, D] to [T, F] and back."""
-    #: end
-    hidden = x @ p["mlp.up"]
     #: if mlp_bias
-    hidden = hidden + p["mlp.up_bias"]
-    #: end
-    #: if gated
-    gate = x @ p["mlp.gate"]
-    #: if mlp_bias
-    gate = gate + p["mlp.gate_bias"]
-    #: end
-    hidden = activation(gate) * hidden
-    #: else
-    hidden = activation(hidden)
-    #: end
-    #: if mlp_bias
+    hidden = activation(x @ p["mlp.up"] + p["mlp.up_bias"])
     return hidden @ p["mlp.down"] + p["mlp.down_bias"]
     #: else
-    return hidden @ p["mlp.down"]
+    return activation(x @ p["mlp.up"]) @ p["mlp.down"]
+    #: end
     #: end
 
 
@@ -416,15 +410,11 @@ def forward(params, tokens, start, cache):
 
 def logits(params, x):
     """The score of every token to be the next one: [..., D] to [..., V]."""
-    #: if tied
-    y = x @ params["embed"].T
-    #: else
-    y = x @ params["head"]
-    #: end
     #: if final_soft_cap
+    y = x @ given.head_matrix
     return given.final_soft_cap * np.tanh(y / given.final_soft_cap)  # none beyond this
     #: else
-    return y
+    return x @ given.head_matrix
     #: end
 
 
@@ -473,7 +463,7 @@ def main():
     parser.add_argument("--top_p", type=float, default=0.95, help="... that reach p together")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     options = parser.parse_args()
-    if options.max_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+    if options.max_tokens < 1 or not options.temperature >= 0 or not 0 < options.top_p <= 1:
         parser.error("max_tokens >= 1, temperature >= 0 and 0 < top_p <= 1 are needed")
     if options.seed < 0 or (options.top_k is not None and options.top_k < 1):
         parser.error("seed >= 0 and top_k >= 1 are needed")

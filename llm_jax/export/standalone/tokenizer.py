@@ -21,14 +21,13 @@ PATTERN = given.pattern
 def compile_pattern():
     r"""PATTERN for Python's `re`, which knows no \p and takes more characters for spaces."""
     categories = [unicodedata.category(chr(i)) for i in range(0x110000)]  # "Lu", "Nd", ...
+    runs, end = [], 0
+    for category, run in itertools.groupby(categories):
+        start, end = end, end + len(list(run))
+        runs.append((category, f"\\U{start:08x}-\\U{end - 1:08x}"))
 
     def ranges(match):
-        found, end = [], 0
-        for inside, run in itertools.groupby(c.startswith(match[1]) for c in categories):
-            start, end = end, end + len(list(run))
-            if inside:
-                found.append(f"\\U{start:08x}-\\U{end - 1:08x}")
-        return "".join(found)
+        return "".join(run for category, run in runs if category.startswith(match[1]))
 
     spaces = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
     pattern = re.sub(r"\\p\{(\w+)\}", ranges, PATTERN).replace(r"\s", spaces)
@@ -70,7 +69,7 @@ class Tokenizer:
         #: end
         #: end
         #: if unigram
-        scores = params["tokenizer.scores"].tolist()  # log probabilities
+        scores = params["tokenizer.scores"]  # log probabilities
         self.known = {}
         for i in params["tokenizer.known"].tolist():
             self.known[self.pieces[i].decode("utf-8")] = (scores[i], i)
@@ -138,18 +137,19 @@ class Tokenizer:
 
     #: if unigram
     def most_probable(self, text):
-        best = [(0.0, 0, None)]  # up to each place: log probability, where the last token begins, its id
-        best += [(-np.inf, 0, None)] * len(text)
+        # Up to each place: the log probability, where the last token begins, and which it is. Sums
+        # are rounded to float32, as SentencePiece's are.
+        best = [(np.float32(0), 0, None)] + [(np.float32(-np.inf), 0, None)] * len(text)
         for start in range(len(text)):
-            so_far = best[start][0]
+            tokens = [(start + 1, given.unknown_score, None)]
+            tokens = [] if text[start] in self.known else tokens
             for end in range(start + 1, min(start + self.longest, len(text)) + 1):
                 if text[start:end] in self.known:
-                    score, token = self.known[text[start:end]]
-                    if so_far + score > best[end][0]:  # kept in float32, as SentencePiece does
-                        best[end] = (float(np.float32(so_far + score)), start, token)
-            unknown = float(np.float32(so_far + given.unknown_score))
-            if text[start] not in self.known and unknown > best[start + 1][0]:
-                best[start + 1] = (unknown, start, None)
+                    tokens.append((end, *self.known[text[start:end]]))
+            for end, score, token in tokens:
+                total = best[start][0] + score
+                if total > best[end][0]:
+                    best[end] = (total, start, token)
         parts, end = [], len(text)
         while end:
             _, start, token = best[end]
