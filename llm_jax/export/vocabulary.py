@@ -24,6 +24,12 @@ from llm_jax.data.tokenizers.pieces import META_SPACE, PieceTokenizer
 from llm_jax.data.tokenizers.sentencepiece_proto import PieceType, read_model
 from llm_jax.data.tokenizers.tiktoken import ENCODINGS
 
+# What a template may ask about a tokenizer, where there is none.
+NO_TOKENIZER = dict.fromkeys(
+    ("raw_bytes", "byte_level", "bpe", "by_rank", "by_pair", "unigram", "user_defined", "whole_words",
+     "space_before", "normalize"),
+    False,
+)  # fmt: skip
 _UNIGRAM, _BPE = 1, 2
 _UNKNOWN_PENALTY = 10.0  # kUnkPenalty of SentencePiece
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -72,9 +78,7 @@ def _refused(what: str) -> ConfigError:
 def _made(
     tokenizer: PieceTokenizer, given: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> Vocabulary:
-    flags = ("raw_bytes", "byte_level", "unigram", "by_rank", "by_pair", "user_defined",
-             "whole_words", "space_before", "normalize")  # fmt: skip
-    given = {**dict.fromkeys(flags, False), **given}
+    given = {**NO_TOKENIZER, **given}
     given["num_tokens"] = tokenizer.vocab_size
     given["bpe"] = given["by_rank"] or given["by_pair"]
     given["encode"] = "encode_part" if given["user_defined"] else "encode"
