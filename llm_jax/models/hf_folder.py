@@ -30,22 +30,31 @@ from llm_jax.models.hf_tensors import Tensors
 from llm_jax.nn.precision import ComputeDtype, Precision
 
 
-def load(directory: Path, *, compute_dtype: ComputeDtype = "float32") -> tuple[Model, Any]:
+def load(
+    directory: Path,
+    *,
+    compute_dtype: ComputeDtype = "float32",
+    device: jax.Device | None = None,
+) -> tuple[Model, Any]:
     """(model, its Config) of a folder with config.json and safetensors, e.g. a download of GPT-2.
 
-    Parameters become float32 on the default device, whatever they are stored in.
+    Parameters become float32, whatever they are stored in.
+
+    Args:
+      device: where they go; None: the default one.
 
     Raises:
       ConfigError: an architecture or option that we cannot compute; no safetensors; tensors that
         are missing, extra or misshapen, with their names.
     """
     source = Source.of(directory)
-    precision = Precision.on(jax.default_backend(), compute_dtype)
+    device = device or jnp.zeros(()).device
+    precision = Precision.on(device.platform, compute_dtype)
     graphdef, params, extra = _abstract(source.config, precision)
     shapes = _shapes(params)
-    device = SingleDeviceSharding(jnp.zeros(()).device)
+    places = dict.fromkeys(shapes, SingleDeviceSharding(device))
     plan = Plan.of(source.architecture, source.family.sizes(source.config), shapes)
-    arrays = _read(source.directory, plan, dict.fromkeys(shapes, device), fresh_heads=False)
+    arrays = _read(source.directory, plan, places, fresh_heads=False)
     return nnx.merge(graphdef, nnx.State(unflatten_dict(arrays, sep=".")), extra), source.config
 
 
