@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,42 @@ def load(
         are missing, extra or misshapen, with their names.
     """
     source = Source.of(directory)
+
+    def reader(plan: Plan) -> Callable[[str], np.ndarray]:
+        tensors = Tensors(source.directory, plan)
+        tensors.check()
+        return tensors.read
+
+    model = build(
+        source.family, source.architecture, source.config, reader,
+        compute_dtype=compute_dtype, device=device,
+    )  # fmt: skip
+    return model, source.config
+
+
+def build(
+    family: Family,
+    architecture: Architecture,
+    config: Any,
+    reader: Callable[[Plan], Callable[[str], np.ndarray]],
+    *,
+    compute_dtype: ComputeDtype = "float32",
+    device: jax.Device | None = None,
+) -> Model:
+    """The model of this config with the tensors that `reader(plan)` gives by their Hugging Face names.
+
+    Args:
+      reader: what it returns is asked for every tensor of the plan once, in turn.
+      device: where parameters go; None: the default one.
+    """
     device = device or jnp.zeros(()).device
     precision = Precision.on(device.platform, compute_dtype)
-    graphdef, params, extra = _abstract(source.config, precision)
+    graphdef, params, extra = _abstract(config, precision)
     shapes = _shapes(params)
+    plan = Plan.of(architecture, family.sizes(config), shapes)
     places = dict.fromkeys(shapes, SingleDeviceSharding(device))
-    plan = Plan.of(source.architecture, source.family.sizes(source.config), shapes)
-    arrays = _read(source.directory, plan, places, fresh_heads=False)
-    return nnx.merge(graphdef, nnx.State(unflatten_dict(arrays, sep=".")), extra), source.config
+    arrays = _assembled(plan, places, reader(plan), plan.entries)
+    return nnx.merge(graphdef, nnx.State(unflatten_dict(arrays, sep=".")), extra)
 
 
 def load_config(directory: Path) -> Any:
@@ -87,7 +115,10 @@ def load_params(directory: Path, config: Any, shardings: Mapping[str, Any]) -> d
     architecture = source.architecture_for(config)
     plan = Plan.of(architecture, source.family.sizes(config), _shapes(params))
     places = flatten_dict(shardings, sep=".")
-    return unflatten_dict(_read(source.directory, plan, places, fresh_heads=True), sep=".")
+    tensors = Tensors(source.directory, plan)
+    absent = tensors.check(fresh_heads=True)
+    entries = [entry for entry in plan.entries if entry.name not in absent]
+    return unflatten_dict(_assembled(plan, places, tensors.read, entries), sep=".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,21 +191,21 @@ def _shapes(params: nnx.State) -> dict[str, tuple[int, ...]]:
     return {k: x.shape for k, x in flatten_dict(nnx.to_pure_dict(params), sep=".").items()}
 
 
-def _read(
-    directory: Path, plan: Plan, places: Mapping[str, Sharding], *, fresh_heads: bool
+def _assembled(
+    plan: Plan,
+    places: Mapping[str, Sharding],
+    read: Callable[[str], np.ndarray],
+    entries: Iterable[Entry],
 ) -> dict[str, jax.Array]:
-    """Our parameters by dotted path; with `fresh_heads` less heads that the folder lacks."""
-    tensors = Tensors(directory, plan)
-    absent = tensors.check(fresh_heads=fresh_heads)
+    """Our parameters by dotted path, of these entries' tensors."""
     by_row: dict[Row, list[Entry]] = {}
-    for entry in plan.entries:
-        if entry.name not in absent:
-            by_row.setdefault(entry.row, []).append(entry)
+    for entry in entries:
+        by_row.setdefault(entry.row, []).append(entry)
     arrays: dict[str, jax.Array] = {}
-    for row, entries in by_row.items():
+    for row, of_row in by_row.items():
         pieces = {p: _Pieces(plan.shapes[p], places[p]) for p in row.paths.split()}
-        for entry in entries:
-            for path, part in plan.from_hf(entry, tensors.read(entry.name)).items():
+        for entry in of_row:
+            for path, part in plan.from_hf(entry, read(entry.name)).items():
                 pieces[path].put(entry.index, part)
         arrays |= {path: piece.array() for path, piece in pieces.items()}
     return arrays
