@@ -9,7 +9,7 @@ Neither torch nor transformers is needed.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from llm_jax.core.types import Model, Tokenizer
 from llm_jax.export.certificate import EXACT
 from llm_jax.export.folder import new_folder
 from llm_jax.export.probes import Forward, forward_of, host
-from llm_jax.export.safetensors_file import Spec, write_safetensors
+from llm_jax.export.safetensors_file import Item, Spec, write_folder
 from llm_jax.models.hf_folder import Source, families, load, load_config, load_params
 from llm_jax.models.hf_table import Entry, Family, Plan
-from llm_jax.models.hf_tensors import INDEX, SINGLE, Tensors
+from llm_jax.models.hf_tensors import Tensors
 from llm_jax.sharding.rules import path_name
 from llm_jax.training.config import RunConfig, check_vocabulary
 
 __all__ = ["Config", "HuggingFaceExporter", "load", "load_config", "load_params", "make"]
 
-_Params = Mapping[str, np.ndarray]  # by dotted path
+Params = Mapping[str, np.ndarray]  # by dotted path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,11 @@ class HuggingFaceExporter:
             check_vocabulary(config, tokenizer.vocab_size)
             family = family_of(config.model.name)
             tokenizer.save_huggingface(folder)
-            _write_configs(folder, family, config.model, tokenizer)
+            write_configs(folder, family, config.model, tokenizer)
             params = params_of(model)
             plan = plan_of(family, config.model, params)
-            files = _write_tensors(folder, plan, params, self.config.shard_bytes)
+            items = [_item(plan, entry, params) for entry in plan.entries]
+            files = write_folder(folder, items, self.config.shard_bytes)
             _verify(folder, family, plan, params, config.model)
         count = sum(math.prod(entry.shape) for entry in plan.entries)
         self._say(f"verified: {count:,} parameters in {files} file(s), read back bit for bit")
@@ -116,15 +117,18 @@ def params_of(model: Model) -> dict[str, np.ndarray]:
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def plan_of(family: Family, config: Any, params: _Params) -> Plan:
+def plan_of(family: Family, config: Any, params: Params) -> Plan:
     shapes = {path: x.shape for path, x in params.items()}
     return Plan.of(family.architecture_for(config), family.sizes(config), shapes)
 
 
-def _write_configs(directory: Path, family: Family, config: Any, tokenizer: Tokenizer) -> None:
+def write_configs(
+    directory: Path, family: Family, config: Any, tokenizer: Tokenizer, **keys: Any
+) -> None:
+    """config.json, with these keys besides, and generation_config.json."""
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     content = family.hf_config(config, **{f"{role}_id": i for role, i in ids.items()})
-    _write_json(directory / "config.json", content)
+    _write_json(directory / "config.json", content | keys)
     generation = {f"{role}_token_id": i for role, i in ids.items()}
     if "decoder_start_token_id" in content:
         generation["decoder_start_token_id"] = content["decoder_start_token_id"]
@@ -135,40 +139,12 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tensors(directory: Path, plan: Plan, params: _Params, limit: int) -> int:
-    """Writes the parameters, one at a time; returns the number of files."""
-    shards = _shards(plan.entries, limit)
-    index: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        name = SINGLE if len(shards) == 1 else name
-        specs = [Spec(entry.name, "F32", entry.shape) for entry in shard]
-        tensors = (plan.to_hf(entry, params) for entry in shard)
-        write_safetensors(directory / name, specs, tensors, {"format": "pt"})
-        index |= dict.fromkeys((spec.name for spec in specs), name)
-    if len(shards) > 1:
-        size = sum(map(_num_bytes, plan.entries))
-        _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
-    return len(shards)
+def _item(plan: Plan, entry: Entry, params: Params) -> Item:
+    spec = Spec(entry.name, "F32", entry.shape)
+    return Item((spec,), lambda: (plan.to_hf(entry, params) for _ in range(1)))
 
 
-def _num_bytes(entry: Entry) -> int:
-    return 4 * math.prod(entry.shape)
-
-
-def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if shards[-1] and size + _num_bytes(entry) > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += _num_bytes(entry)
-    return shards
-
-
-def _verify(directory: Path, family: Family, plan: Plan, params: _Params, config: Any) -> None:
+def _verify(directory: Path, family: Family, plan: Plan, params: Params, config: Any) -> None:
     """Raises RunError unless the folder reads back as the model that was written."""
     source = Source.of(directory)
     differences = family.differences(plan.architecture, config, source.config)

@@ -142,13 +142,19 @@ class Source:
             raise ConfigError(f"{path} is no JSON: {error}") from None
         if not isinstance(content, dict):
             raise ConfigError(f"{path} holds {type(content).__name__}, not keys and values")
+        return cls.of_content(directory, content)
+
+    @classmethod
+    def of_content(cls, directory: Path, content: Mapping[str, Any]) -> "Source":
+        """The same of a config.json that has been read."""
         for family in families().values():
             if content.get("model_type") in family.model_types:
                 config = family.config_from_hf(content)
                 return cls(directory, family, family.architecture_of(content), config)
         choices = ", ".join(name for f in families().values() for name in f.model_types)
         raise ConfigError(
-            f"{path}: model_type {content.get('model_type')!r} cannot be read; choices: {choices}"
+            f"{directory / 'config.json'}: model_type {content.get('model_type')!r} cannot be read; "
+            f"choices: {choices}"
         )
 
     def architecture_for(self, config: Any) -> Architecture:
