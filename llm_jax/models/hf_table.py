@@ -115,6 +115,7 @@ class Architecture:
     copies: names of tensors that may lie beside the one they are tied to, and that one's name. They
       must be equal; one that is a parameter of its own, since the config does not tie it, is none.
     applies: to which contents of config.json, among architectures of one class.
+    inputs_first: pattern of the names of matrices that are stored [in, out]; the others are [out, in].
     heads: names, with the prefix, of what other classes of the same model_type have on top: passed
       over where our model lacks it, and left to be initialized where the checkpoint lacks it.
     """
@@ -133,6 +134,7 @@ class Architecture:
     renames: tuple[tuple[str, str], ...] = ()
     skipped: str | None = None
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    inputs_first: str | None = None
     heads: str | None = None
     applies: Callable[[Mapping[str, Any]], bool] = lambda content: True
 

@@ -116,11 +116,15 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 
 def test_an_export_that_reads_back_wrong_gets_no_name(tmp_path, monkeypatch):
-    def save_with_a_flipped_bit(tensors, path, **options):
-        tensors["lm_head.weight"].view(np.uint8)[0, 0] ^= 1
-        save_file(tensors, path, **options)
+    write = hf.write_safetensors
 
-    monkeypatch.setattr(hf, "save_file", save_with_a_flipped_bit)
+    def with_a_flipped_bit(path, specs, tensors, metadata):
+        write(path, specs, tensors, metadata)
+        content = load_file(path)
+        content["lm_head.weight"].view(np.uint8)[0, 0] ^= 1
+        save_file(content, path)
+
+    monkeypatch.setattr(hf, "write_safetensors", with_a_flipped_bit)
     with pytest.raises(RunError, match="head does not read back"):
         export(LLAMA, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
