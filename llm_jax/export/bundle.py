@@ -8,29 +8,26 @@ The export is run by another process that can import nothing but the standard li
 """
 
 import dataclasses
-import io
+import itertools
 import json
-import math
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from flax import nnx
-from safetensors.numpy import save_file
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
 from llm_jax.core.types import Model, Tokenizer
+from llm_jax.export import hf
+from llm_jax.export.certificate import EXACT, Tolerances
+from llm_jax.export.elsewhere import Elsewhere
+from llm_jax.export.folder import new_folder
+from llm_jax.export.probes import Forward
+from llm_jax.export.safetensors_file import DTYPES, Spec, tensor_kind, write_safetensors
 from llm_jax.export.standalone import compose
-from llm_jax.export.vocabulary import vocabulary
+from llm_jax.export.vocabulary import Vocabulary, vocabulary
 from llm_jax.models import gpt
-from llm_jax.sharding.rules import path_name
 from llm_jax.training.config import RunConfig, check_vocabulary
 
 WEIGHTS, PROGRAM = "model.safetensors", "run.py"
@@ -48,6 +45,10 @@ PROBES = (
 )
 
 
+# Matrices in 16 bits.
+ROUNDED = Tolerances(difference=None, kl_divergence=1e-3, equal_tokens=0.95, nats=5e-3)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """dtype: of matrices in the file; run.py computes in float32 whatever it is."""
@@ -59,8 +60,16 @@ class Config:
 class BundleExporter:
     """An Exporter of decoders for Python with numpy."""
 
+    claims = (
+        "run.py imports numpy and the standard library alone",
+        f"its tokenizer cuts {len(PROBES)} awkward texts as ours does",
+        "the second half of each row was computed token by token, from its cache",
+    )
+    library = None
+
     def __init__(self, config: Config, *, say: Callable[[str], None] = print):
         self.config, self._say = config, say
+        self.tolerances = EXACT if config.dtype == "float32" else ROUNDED
 
     def export(
         self, model: Model, tokenizer: Tokenizer, config: RunConfig, directory: Path
@@ -76,74 +85,84 @@ class BundleExporter:
             not empty.
           RunError: run.py fails, or cuts a text otherwise.
         """
-        directory = Path(directory).resolve()
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise ConfigError(f"{directory} is there and not empty: choose another folder")
-        if config.model.name != "gpt":
-            raise ConfigError(
-                f"format bundle has no model {config.model.name!r}; choices: gpt (all decoders), or "
-                "--format hf for every model"
-            )
-        check_vocabulary(config, tokenizer.vocab_size)
-        words = vocabulary(tokenizer)
-        tensors = parameters(model, self.config.dtype)
-        count = sum(math.prod(x.shape) for x in tensors.values())
-        given = {**words.given, **choices(config.model), "num_parameters": f"{count:,}"}
-        given |= {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-        given["padded_vocabulary"] = tokenizer.vocab_size < config.model.vocab_size
-        temporary = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-        try:
-            temporary.mkdir(parents=True)
-            (temporary / PROGRAM).write_text(compose("run", given), encoding="utf-8")
-            save_file(tensors | words.tensors, temporary / WEIGHTS, metadata={"format": "np"})
-            _check_tokenizer(temporary, tokenizer)
-            os.replace(temporary, directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return directory
+        with new_folder(directory) as folder:
+            if config.model.name != "gpt":
+                raise ConfigError(
+                    f"format bundle has no model {config.model.name!r}; choices: gpt (all decoders), "
+                    "or --format hf for every model"
+                )
+            check_vocabulary(config, tokenizer.vocab_size)
+            words = vocabulary(tokenizer)
+            params = hf.params_of(model)
+            count = sum(x.size for x in params.values())
+            given = {**words.given, **choices(config.model), "num_parameters": f"{count:,}"}
+            given |= {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+            given["padded_vocabulary"] = tokenizer.vocab_size < config.model.vocab_size
+            (folder / PROGRAM).write_text(compose("run", given), encoding="utf-8")
+            self._write_tensors(folder / WEIGHTS, params, words)
+            _check_tokenizer(folder, tokenizer)
+        return Path(directory).resolve()
 
-    def load_back(self, directory: Path) -> Callable[[np.ndarray], np.ndarray]:
-        """The exported model, in another process: tokens [B, T] int32 to logits [B, T, V] float32.
+    def _write_tensors(self, path: Path, params: hf.Params, words: Vocabulary) -> None:
+        """Matrix by matrix: no more than one is in memory twice."""
+        kinds = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+        stored = {
+            name: Stored(name, x, kinds[self.config.dtype]) for name, x in layers_apart(params)
+        }
+        tensors = {name: (tensor_kind(x), x) for name, x in words.tensors.items()}
+        specs = [Spec(name, x.kind, x.shape) for name, x in stored.items()]
+        specs += [Spec(name, kind, x.shape) for name, (kind, x) in tensors.items()]
+        arrays = itertools.chain(
+            (x.array() for x in stored.values()), (x for _, x in tensors.values())
+        )
+        write_safetensors(path, specs, arrays, {"format": "np"})
+
+    def load_back(self, directory: Path) -> Forward:
+        """The exported model, in another process.
 
         The first half of a row is computed at once, the rest token by token.
         """
+        return Elsewhere("bundle", directory, numpy_only=True)
 
-        def logits(tokens: np.ndarray) -> np.ndarray:
-            file = io.BytesIO()
-            np.save(file, np.asarray(tokens, np.int32))
-            return np.load(io.BytesIO(_run(Path(directory), _LOGITS, file.getvalue())))
-
-        return logits
+    def usage(self, directory: Path, name: str) -> str:
+        lines = len((directory / PROGRAM).read_text(encoding="utf-8").splitlines())
+        return (
+            f"Two files, and numpy: `{PROGRAM}` ({lines} lines, to be read) and `{WEIGHTS}`.\n\n"
+            f'```\npip install numpy\npython {name}/{PROGRAM} "Once upon a time" --max_tokens 100\n```\n'
+        )
 
 
 def make(config: Config | None = None, *, say: Callable[[str], None] = print) -> BundleExporter:
     return BundleExporter(config or Config(), say=say)
 
 
-def parameters(model: Model, dtype: str) -> dict[str, np.ndarray]:
-    """By names as run.py has them: heads side by side in matrices, `layers.3.mlp.up` for our stack.layers.mlp.up [3]."""
-    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    result: dict[str, np.ndarray] = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(state)):
-        name = path_name(path)
-        if not name.startswith("stack.layers."):
-            result[name] = _stored(name, x, dtype)
-            continue
-        name = name.removeprefix("stack.layers.")
-        result |= {f"layers.{i}.{name}": _stored(name, y, dtype) for i, y in enumerate(x)}
-    return result
+def layers_apart(params: hf.Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Names as run.py has them, and views: `layers.3.mlp.up` of our stack.layers.mlp.up."""
+    for name, x in params.items():
+        inner = name.removeprefix("stack.layers.")
+        if inner == name:
+            yield name, x
+        else:
+            yield from ((f"layers.{i}.{inner}", y) for i, y in enumerate(x))
 
 
-def _stored(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
-    part = name.rpartition(".")[2]
-    if part in ("query", "key", "value"):  # [D, N, H]
-        x = x.reshape(x.shape[0], -1)
-    elif part == "out":  # [N, H, D]
-        x = x.reshape(-1, x.shape[-1])
-    elif part in ("query_bias", "key_bias", "value_bias"):
-        x = x.reshape(-1)
-    exact = x.ndim < 2 or part == "router"  # a router decides by small differences
-    return np.ascontiguousarray(x, np.float32 if exact else np.dtype(dtype))
+class Stored:
+    """A parameter as the file has it: heads side by side, so that x @ matrix is all there is to it."""
+
+    def __init__(self, name: str, x: np.ndarray, kind: str):
+        part = name.rpartition(".")[2]
+        if part in ("query", "key", "value"):  # [D, N, H]
+            x = x.reshape(x.shape[0], -1)
+        elif part == "out":  # [N, H, D]
+            x = x.reshape(-1, x.shape[-1])
+        elif part in ("query_bias", "key_bias", "value_bias"):
+            x = x.reshape(-1)
+        # A router decides by small differences.
+        self.kind = "F32" if x.ndim < 2 or part == "router" else kind
+        self.shape, self._x = x.shape, x
+
+    def array(self) -> np.ndarray:
+        return self._x.astype(DTYPES[self.kind], copy=False)
 
 
 def choices(config: gpt.Config) -> dict[str, Any]:
@@ -208,67 +227,11 @@ def choices(config: gpt.Config) -> dict[str, Any]:
     return given
 
 
-def _check_tokenizer(directory: Path, tokenizer: Tokenizer, texts: Sequence[str] = PROBES) -> None:
-    found = json.loads(_run(directory, _ENCODE, json.dumps(texts).encode("ascii")))
-    for text, ids in zip(texts, found, strict=True):
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, texts: Sequence[str] = PROBES) -> None:
+    program = Elsewhere("bundle_tokenizer", folder, numpy_only=True)
+    answer = program.answer(np.frombuffer(json.dumps(texts).encode("ascii"), np.uint8))
+    for text, ids in zip(texts, json.loads(answer.tobytes()), strict=True):
         if ids != tokenizer.encode(text):
             raise RunError(
                 f"the export's tokenizer makes {ids} of {text!r}, ours {tokenizer.encode(text)}"
             )
-
-
-_PRELUDE = """
-import sys
-
-sys.path.append(sys.argv[1])
-
-
-class OnlyNumpy:
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] not in {*sys.stdlib_module_names, "numpy"}:
-            raise ImportError(f"{name} is neither numpy nor of the standard library")
-
-
-sys.meta_path.insert(0, OnlyNumpy)
-import io
-import json
-import pathlib
-import runpy
-import numpy as np
-
-run = runpy.run_path(sys.argv[2] + "/run.py")
-params = run["load"](pathlib.Path(sys.argv[2], "model.safetensors"))
-"""
-_LOGITS = """
-rows = []
-for row in np.load(io.BytesIO(sys.stdin.buffer.read())).tolist():
-    cache, half = run["empty_cache"](len(row)), (len(row) + 1) // 2
-    parts = [run["forward"](params, row[:half], 0, cache)]
-    parts += [run["forward"](params, [row[i]], i, cache) for i in range(half, len(row))]
-    rows.append(run["logits"](params, np.concatenate(parts)))
-file = io.BytesIO()
-np.save(file, np.stack(rows))
-sys.stdout.buffer.write(file.getvalue())
-"""
-_ENCODE = """
-tokenizer = run["Tokenizer"](params)
-texts = json.loads(sys.stdin.buffer.read())
-print(json.dumps([tokenizer.encode(text) for text in texts]))
-"""
-
-
-def _run(directory: Path, code: str, given: bytes) -> bytes:
-    """What a process writes that knows run.py as `run`, and no package but numpy."""
-    packages = str(Path(np.__file__).parents[1])
-    process = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", _PRELUDE + code, packages, str(directory)],
-        input=given,
-        capture_output=True,
-        check=False,
-    )
-    if process.returncode:
-        lines = process.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise RunError(
-            f"the export's {PROGRAM} fails: {lines[-1] if lines else process.returncode}"
-        )
-    return process.stdout

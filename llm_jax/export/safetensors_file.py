@@ -19,7 +19,15 @@ from safetensors import SafetensorError, safe_open
 from llm_jax.core.config import ConfigError
 from llm_jax.models.hf_tensors import INDEX, SINGLE
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I8": np.int8, "U8": np.uint8}
+DTYPES = {
+    "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I32": np.int32, "I8": np.int8,
+    "U8": np.uint8,
+}  # fmt: skip
+
+
+def tensor_kind(x: np.ndarray) -> str:
+    """The key of DTYPES of an array."""
+    return {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}[x.dtype]
 
 
 class Spec(NamedTuple):

@@ -14,13 +14,9 @@ that wrote it, and by those of the three weeks before (docs.jax.dev/en/latest/ex
 """
 
 import dataclasses
-import io
+import importlib.util
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +26,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from llm_jax.core.config import ConfigError
-from llm_jax.core.flags import RunError
 from llm_jax.core.types import Model, Tokenizer
+from llm_jax.export.certificate import EXACT, Tolerances
+from llm_jax.export.elsewhere import Elsewhere
+from llm_jax.export.folder import new_folder
+from llm_jax.export.probes import Forward
+from llm_jax.export.safetensors_file import Spec, tensor_kind, write_safetensors
 from llm_jax.export.standalone import compose
 from llm_jax.export.vocabulary import NO_TOKENIZER, Vocabulary, vocabulary
 from llm_jax.nn.cache import KVCache
@@ -52,6 +51,9 @@ ARGUMENTS = {
     "decode": "params tokens padding length cache",
 }
 
+# Matrices and activations in bfloat16.
+ROUNDED = Tolerances(difference=None, kl_divergence=1e-2, equal_tokens=0.9, nats=1e-2)
+
 Arrays = dict[str, jax.Array]
 Cache = dict[str, list[jax.Array]]  # "keys" and "values": of each layer [B, K, C, H]
 
@@ -67,8 +69,17 @@ class Config:
 class StableHloExporter:
     """An Exporter of decoders for jax alone."""
 
+    claims = (
+        f"one artefact for {', '.join(PLATFORMS)}, of any batch, length and cache",
+        "loaded without llm_jax and flax",
+        "of each row the first half was computed by forward, the rest by prefill and decode",
+    )
+    library = None
+
     def __init__(self, config: Config, *, say: Callable[[str], None] = print):
+        require_flatbuffers()
         self.config, self._say = config, say
+        self.tolerances = EXACT if config.compute_dtype == "float32" else ROUNDED
 
     def export(
         self, model: Model, tokenizer: Tokenizer, config: RunConfig, directory: Path
@@ -82,34 +93,26 @@ class StableHloExporter:
         Raises:
           ConfigError: no decoder, or a folder that is not empty.
         """
-        directory = Path(directory).resolve()
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise ConfigError(f"{directory} is there and not empty: choose another folder")
-        if config.model.name != "gpt":
-            raise ConfigError(
-                f"format stablehlo has no model {config.model.name!r}; choices: gpt (all decoders), or "
-                "--format hf for every model"
-            )
-        check_vocabulary(config, tokenizer.vocab_size)
-        functions = Functions(model, self.config.compute_dtype)
-        temporary = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-        try:
-            temporary.mkdir(parents=True)
+        with new_folder(directory) as folder:
+            if config.model.name != "gpt":
+                raise ConfigError(
+                    f"format stablehlo has no model {config.model.name!r}; choices: gpt (all decoders), "
+                    "or --format hf for every model"
+                )
+            check_vocabulary(config, tokenizer.vocab_size)
+            functions = Functions(model, self.config.compute_dtype)
             described = {}
             for name, exported in functions.exported().items():
-                (temporary / f"{name}.stablehlo").write_bytes(exported.serialize())
+                (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
                 described[name] = _description(exported, ARGUMENTS[name])
-            save_file(functions.params, temporary / "model.safetensors", {"format": "np"})
+            _write_tensors(folder / "model.safetensors", functions.params)
             words = self._vocabulary(tokenizer)
             given = self._given(model, tokenizer, words)
-            (temporary / "run.py").write_text(compose("stablehlo_run", given), encoding="utf-8")
+            (folder / "run.py").write_text(compose("stablehlo_run", given), encoding="utf-8")
             if words is not None and words.tensors:
-                save_file(words.tensors, temporary / "vocabulary.safetensors", {"format": "np"})
-            _write_manifest(temporary, model, tokenizer, described)
-            os.replace(temporary, directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return directory
+                _write_tensors(folder / "vocabulary.safetensors", words.tensors)
+            _write_manifest(folder, model, tokenizer, described)
+        return Path(directory).resolve()
 
     def _vocabulary(self, tokenizer: Tokenizer) -> Vocabulary | None:
         try:
@@ -134,23 +137,31 @@ class StableHloExporter:
             given[name] = getattr(model.config, name)
         return given | (words.given if words else NO_TOKENIZER)
 
-    def load_back(self, directory: Path) -> Callable[[np.ndarray], np.ndarray]:
-        """The exported model, in another process: tokens [B, T] int32 to logits [B, T, V] float32.
+    def load_back(self, directory: Path) -> Forward:
+        """The exported model, in another process.
 
         The first half of a row comes from `forward`, its last token from `prefill` behind some padding,
         and the rest from `decode`, token by token.
         """
+        return Elsewhere("stablehlo", directory)
 
-        def logits(tokens: np.ndarray) -> np.ndarray:
-            file = io.BytesIO()
-            np.save(file, np.asarray(tokens, np.int32))
-            return np.load(io.BytesIO(_run(Path(directory), file.getvalue())))
-
-        return logits
+    def usage(self, directory: Path, name: str) -> str:
+        return (
+            "Without llm_jax, on CPU, CUDA or TPU:\n\n"
+            "```\npip install jax flatbuffers safetensors\n"
+            f'python {name}/run.py "Once upon a time" --max_tokens 100\n```\n\n'
+            "`run.py` begins with the functions, `manifest.json` has their arguments one by one.\n"
+        )
 
 
 def make(config: Config | None = None, *, say: Callable[[str], None] = print) -> StableHloExporter:
     return StableHloExporter(config or Config(), say=say)
+
+
+def require_flatbuffers() -> None:
+    """Raises ConfigError where the package is missing in which jax writes its artefacts."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ConfigError('format stablehlo needs: pip install "llm_jax[stablehlo]"')
 
 
 class Functions:
@@ -239,6 +250,11 @@ class Functions:
         return [possible[name] for name in ARGUMENTS[function].split()]
 
 
+def _write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    specs = [Spec(name, tensor_kind(x), x.shape) for name, x in arrays.items()]
+    write_safetensors(path, specs, arrays.values(), {"format": "np"})
+
+
 def _stored(variable: nnx.Variable, dtype: str) -> np.ndarray:
     """Matrices in the compute dtype, as the engine keeps them, but for routers."""
     x = np.asarray(variable[...])
@@ -296,53 +312,3 @@ def _write_manifest(
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     text = re.sub(r"\{\s+(\"name\"[^{}]*?)\s+\}", lambda m: f"{{{' '.join(m[1].split())}}}", text)
     (directory / "manifest.json").write_text(text + "\n", encoding="utf-8")
-
-
-_PROGRAM = """
-import io
-import runpy
-import sys
-
-
-class NotOurs:
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in ("llm_jax", "flax"):
-            raise ImportError(f"{name} is not there")
-
-
-sys.meta_path.insert(0, NotOurs)
-import numpy as np
-
-run = runpy.run_path(sys.argv[1] + "/run.py")
-forward, prefill, decode = map(run["load"], ("forward", "prefill", "decode"))
-params = run["load_params"]()
-tokens = np.load(io.BytesIO(sys.stdin.buffer.read()))
-batch, length = tokens.shape
-half, pad = (length + 1) // 2, 3
-padding = np.full(batch, pad, np.int32)
-cache = run["empty_cache"](batch, pad + length)
-parts = [np.asarray(forward(params, tokens[:, :half]))[:, :-1]]
-padded = np.pad(tokens[:, :half], ((0, 0), (pad, 0)))
-logits, cache = prefill(params, padded, padding, cache)
-parts.append(np.asarray(logits)[:, None])
-for i in range(half, length):
-    logits, cache = decode(params, tokens[:, i], padding, np.int32(pad + i), cache)
-    parts.append(np.asarray(logits)[:, None])
-file = io.BytesIO()
-np.save(file, np.concatenate(parts, axis=1))
-sys.stdout.buffer.write(file.getvalue())
-"""
-
-
-def _run(directory: Path, given: bytes) -> bytes:
-    """What a process writes that has neither llm_jax nor flax."""
-    process = subprocess.run(
-        [sys.executable, "-I", "-B", "-c", _PROGRAM, str(directory)],
-        input=given,
-        capture_output=True,
-        check=False,
-    )
-    if process.returncode:
-        lines = process.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise RunError(f"the export fails: {lines[-1] if lines else process.returncode}")
-    return process.stdout
