@@ -95,10 +95,8 @@ class BundleExporter:
             words = vocabulary(tokenizer)
             params = hf.params_of(model)
             count = sum(x.size for x in params.values())
-            given = {**words.given, **choices(config.model), "num_parameters": f"{count:,}"}
-            given |= {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-            given["padded_vocabulary"] = tokenizer.vocab_size < config.model.vocab_size
-            (folder / PROGRAM).write_text(compose("run", given), encoding="utf-8")
+            text = program(config.model, tokenizer, words, count)
+            (folder / PROGRAM).write_text(text, encoding="utf-8")
             self._write_tensors(folder / WEIGHTS, params, words)
             _check_tokenizer(folder, tokenizer)
         return Path(directory).resolve()
@@ -134,6 +132,21 @@ class BundleExporter:
 
 def make(config: Config | None = None, *, say: Callable[[str], None] = print) -> BundleExporter:
     return BundleExporter(config or Config(), say=say)
+
+
+def program(
+    config: gpt.Config, tokenizer: Tokenizer, words: Vocabulary, num_parameters: int
+) -> str:
+    """The text of run.py."""
+    given = {
+        **words.given,
+        **choices(config),
+        "num_parameters": f"{num_parameters:,}",
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "padded_vocabulary": tokenizer.vocab_size < config.vocab_size,
+    }
+    return compose("run", given)
 
 
 def layers_apart(params: hf.Params) -> Iterator[tuple[str, np.ndarray]]:

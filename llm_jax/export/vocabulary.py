@@ -38,7 +38,7 @@ _TOKENS = re.compile(
     r"(?P<category>\\p\{(?:L|Ll|Lu|Lt|Lm|Lo|M|Mn|Mc|Me|N|Nd|Nl|No|P|S|Z|Zs)\})"
     r"|(?P<space>\\s)|(?P<no_space>\\S)|(?P<end>\$)|(?P<open>\[\^?)|(?P<close>\])"
     r"|(?P<quantifier>[+*?]|\{\d+(?:,\d*)?\})(?P<possessive>\+?)"
-    r"|(?P<same>\(\?(?:i:|:|=|!)|[()|]|\\[rnt]|[\w '\-/!-#%&,:-@_`~])"
+    r"|(?P<same>\(\?(?:i:|:|=|!)|\((?!\?)|[)|]|\\[rnt]|[\w '\-/!-#%&,:-@_`~])"
 )
 
 

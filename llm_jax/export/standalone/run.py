@@ -467,7 +467,10 @@ def main():
         parser.error("max_tokens >= 1, temperature >= 0 and 0 < top_p <= 1 are needed")
     if options.seed < 0 or (options.top_k is not None and options.top_k < 1):
         parser.error("seed >= 0 and top_k >= 1 are needed")
-    params = load(Path(__file__).with_name("model.safetensors"))
+    path = Path(__file__).with_name("model.safetensors")
+    if not path.is_file():
+        parser.error(f"{path} is missing: the model lies there")
+    params = load(path)
     tokenizer = Tokenizer(params)
     try:
         tokens = [BOS, *tokenizer.encode(options.prompt)]
