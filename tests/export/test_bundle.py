@@ -114,7 +114,7 @@ def test_logits_are_ours_at_once_and_from_the_cache(exported, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", set(CONFIGS) - set(FEW))
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - set(FEW)))
 def test_logits_of_every_other_decoder(exported, name):
     check_logits(*exported(name))
 
