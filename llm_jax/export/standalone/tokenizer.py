@@ -49,9 +49,9 @@ class Tokenizer:
     #: end
 
     def __init__(self, params):
-        ends = np.cumsum(params["tokenizer.lengths"]).tolist()
+        ends = [0, *np.cumsum(params["tokenizer.lengths"]).tolist()]
         data = params["tokenizer.bytes"].tobytes()
-        self.pieces = [data[start:end] for start, end in zip([0, *ends], ends)]
+        self.pieces = [data[ends[i] : ends[i + 1]] for i in range(len(ends) - 1)]
         #: if not (byte_level and by_rank)
         self.byte_ids = params["tokenizer.byte_ids"].tolist()
         #: end
