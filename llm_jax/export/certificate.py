@@ -25,7 +25,7 @@ from llm_jax.core.config import component, parse, to_dict
 from llm_jax.core.flags import RunError
 from llm_jax.core.types import Model, Tokenizer
 from llm_jax.export.outputs import Digest, Figures, compared
-from llm_jax.export.probes import Forward, Outputs, Probes, forward_of
+from llm_jax.export.probes import NOTHING, Forward, Outputs, Probes, forward_of
 from llm_jax.training.config import RunConfig
 
 NAME = "certificate.json"
@@ -96,7 +96,12 @@ class Reference:
     @classmethod
     def of(cls, model: Model, probes: Probes) -> "Reference":
         forward = forward_of(model)
-        return cls(probes, [forward(batch) for batch in probes.batches()])
+        outputs = [forward(batch) for batch in probes.batches()]
+        # Of a head over few classes the targets, which are tokens, are none.
+        if outputs[0].get("logits", np.zeros(0)).shape[-1] != model.config.vocab_size:
+            nothing = np.full_like(probes.targets, NOTHING)
+            probes = dataclasses.replace(probes, targets=nothing)
+        return cls(probes, outputs)
 
 
 def certify(
@@ -289,7 +294,7 @@ def _read(path: Path) -> dict[str, Any]:
         recorded = content.pop("sha256")
     except FileNotFoundError:
         raise RunError(f"{path.parent} has no {NAME}: it is no export, or an old one") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise RunError(f"{path} cannot be read as a certificate") from None
     if recorded != _sha256_of(content):
         raise RunError(f"{path} was changed: it is not what its own SHA-256 says")

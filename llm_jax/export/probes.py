@@ -49,8 +49,7 @@ _BUILT_IN = (
 class Probes:
     """source: where the texts are from; inputs: the model's by their reserved keys, each [R, T] int32.
 
-    targets: [R, T] int32, NOTHING where nothing is to be predicted, as in all rows of random ids; None
-    of a model that predicts no tokens.
+    targets: [R, T] int32, NOTHING where nothing is to be predicted, as in all rows of random ids.
     """
 
     source: str
@@ -151,6 +150,10 @@ def _of_encoder(source, run, tokenizer, rows) -> Probes:
 def forward_of(model: Model) -> Forward:
     """What a model of ours computes, on its own devices."""
     graphdef, state = nnx.split(model)
+    # Said alike, though it changes no place: a model and what is loaded back share one compilation.
+    state = jax.tree.map(
+        lambda x: jax.device_put(x, *x.devices()) if len(x.devices()) == 1 else x, state
+    )
     return lambda batch: jax.device_get(_outputs(graphdef, state, dict(batch)))
 
 

@@ -249,11 +249,11 @@ class _Reading:
     def __init__(self, directory: Path, plan: Plan, config: Config):
         self._reader = Reader(directory)
         self._schemes = {e.name: _Scheme.of(e, plan.architecture, config) for e in plan.entries}
-        wanted = {spec.name for scheme in self._schemes.values() for spec in scheme.specs()}
-        differing = sorted(wanted ^ self._reader.names())
+        wanted = {spec for scheme in self._schemes.values() for spec in scheme.specs()}
+        differing = sorted({spec.name for spec in wanted ^ self._reader.specs()})
         if differing:
             raise ConfigError(
-                f"{directory} lacks tensors or has too many: {', '.join(differing[:8])}"
+                f"{directory}: tensors missing, extra or misshapen: {', '.join(differing[:8])}"
             )
 
     def __call__(self, name: str) -> np.ndarray:

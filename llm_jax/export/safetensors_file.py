@@ -133,8 +133,8 @@ class Reader:
             raise ConfigError(f"no {SINGLE} in {directory}")
         self._found = {spec.name: (path, spec, at) for path in paths for spec, at in _header(path)}
 
-    def names(self) -> set[str]:
-        return set(self._found)
+    def specs(self) -> set[Spec]:
+        return {spec for _, spec, _ in self._found.values()}
 
     def read(self, name: str) -> np.ndarray:
         path, spec, begin = self._found[name]

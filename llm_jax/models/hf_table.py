@@ -277,7 +277,7 @@ class Family:
         for group in architecture.groups:
             values |= group.read(content, values)
         values = {**architecture.fixed_values(values), **values}
-        return parse(self.config, _nested(values), "config.json")
+        return parse(self.config, nested(values), "config.json")
 
     def differences(self, architecture: Architecture, wanted: Any, found: Any) -> dict[str, tuple]:
         """Fields by which two configs compute different things, with both values."""
@@ -301,7 +301,7 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for path, value in values.items():
         *sections, name = path.split(".")
