@@ -242,8 +242,8 @@ def choices(config: gpt.Config) -> dict[str, Any]:
 
 def _check_tokenizer(folder: Path, tokenizer: Tokenizer, texts: Sequence[str] = PROBES) -> None:
     program = Elsewhere("bundle_tokenizer", folder, numpy_only=True)
-    answer = program.answer(np.frombuffer(json.dumps(texts).encode("ascii"), np.uint8))
-    for text, ids in zip(texts, json.loads(answer.tobytes()), strict=True):
+    answer = program.answer(texts=np.frombuffer(json.dumps(texts).encode("ascii"), np.uint8))
+    for text, ids in zip(texts, json.loads(answer["ids"].tobytes()), strict=True):
         if ids != tokenizer.encode(text):
             raise RunError(
                 f"the export's tokenizer makes {ids} of {text!r}, ours {tokenizer.encode(text)}"

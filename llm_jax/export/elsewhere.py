@@ -1,6 +1,7 @@
 """Exports that compute in a process of their own, which has no llm_jax: see export/witness.py."""
 
 import io
+import re
 import subprocess
 import sys
 import tempfile
@@ -41,11 +42,11 @@ class Elsewhere:
         self._read()
 
     def __call__(self, batch: Batch) -> Outputs:
-        return {"logits": self.answer(np.asarray(batch["tokens"], np.int32))}
+        return self.answer(**{name: np.asarray(x, np.int32) for name, x in batch.items()})
 
-    def answer(self, array: np.ndarray) -> np.ndarray:
+    def answer(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         file = io.BytesIO()
-        np.save(file, array)
+        np.savez(file, **arrays)
         try:
             self._process.stdin.write(len(file.getvalue()).to_bytes(8, "little"))
             self._process.stdin.write(file.getvalue())
@@ -54,20 +55,21 @@ class Elsewhere:
             raise self._failure() from None
         return self._read()
 
-    def _read(self) -> np.ndarray:
+    def _read(self) -> dict[str, np.ndarray]:
         size = int.from_bytes(self._process.stdout.read(8), "little")
         data = self._process.stdout.read(size)
         if not size or len(data) < size:
             raise self._failure()
-        return np.load(io.BytesIO(data))
+        return dict(np.load(io.BytesIO(data)))
 
     def _failure(self) -> RunError:
         code = self._process.wait()
         self._errors.seek(0)
-        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
-        return RunError(
-            f"the {self._what} in a process of its own fails: {lines[-1] if lines else code}"
-        )
+        told = self._errors.read().decode("utf-8", "replace")
+        # Not always the last line: jax writes of its traceback behind it.
+        names = re.findall(r"^[A-Za-z_][\w.]*: .+$", told, re.MULTILINE)
+        reason = names[-1] if names else f"exit status {code}"
+        return RunError(f"the {self._what} in a process of its own fails: {reason}")
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -1,8 +1,8 @@
 """A program that answers for an export, in a process without llm_jax: `python -I -B witness.py KIND FOLDER`.
 
-KIND is a function of this file's end. It reads arrays from standard input and writes an array for each to
-standard output, each as eight bytes with the size of a .npy file and that file; first, when all is
-loaded, an empty array. Packages other than those of KIND cannot be imported.
+KIND is a function of this file. It reads arrays by name from standard input and answers with arrays by
+name on standard output, each time as eight bytes with the size of an .npz file and that file; first, when
+all is loaded, with none. Packages other than those of KIND cannot be imported.
 """
 
 import io
@@ -33,15 +33,16 @@ def serve(answer):
 
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
 
-    def write(array):
+    def write(arrays):
         file = io.BytesIO()
-        np.save(file, array)
+        np.savez(file, **arrays)
         stdout.write(len(file.getvalue()).to_bytes(8, "little") + file.getvalue())
         stdout.flush()
 
-    write(np.zeros(0))
+    write({})
     while size := stdin.read(8):
-        write(answer(np.load(io.BytesIO(stdin.read(int.from_bytes(size, "little"))))))
+        data = stdin.read(int.from_bytes(size, "little"))
+        write(answer(**np.load(io.BytesIO(data))))
 
 
 def bundle(folder):
@@ -58,38 +59,45 @@ def bundle(folder):
         parts += [run["forward"](params, [row[i]], i, cache) for i in range(half, len(row))]
         return run["logits"](params, np.concatenate(parts))
 
-    serve(lambda tokens: np.stack([logits(row) for row in tokens.tolist()]))
+    serve(lambda tokens: {"logits": np.stack([logits(row) for row in tokens.tolist()])})
 
 
 def bundle_tokenizer(folder):
-    """A JSON list of texts, as its bytes, to one of lists of ids."""
+    """texts, a JSON list as bytes, to ids, one of lists of ids."""
     sys.meta_path.insert(0, Only(numpy_alone))
     import numpy as np
 
     run = runpy.run_path(str(folder / "run.py"))
     tokenizer = run["Tokenizer"](run["load"](folder / "model.safetensors"))
 
-    def encode(data):
-        ids = [tokenizer.encode(text) for text in json.loads(data.tobytes())]
-        return np.frombuffer(json.dumps(ids).encode(), np.uint8)
+    def encode(texts):
+        ids = [tokenizer.encode(text) for text in json.loads(texts.tobytes())]
+        return {"ids": np.frombuffer(json.dumps(ids).encode(), np.uint8)}
 
     serve(encode)
 
 
 def stablehlo(folder):
-    """tokens [B, T] to logits [B, T, V]: of `forward`, then `prefill` behind some padding, then `decode`."""
+    """What the model gives for a batch: of `forward`, and for half of each row of what generates for it."""
     sys.meta_path.insert(0, Only(lambda package: package not in ("llm_jax", "flax")))
     import numpy as np
 
     run = runpy.run_path(str(folder / "run.py"))
-    forward, prefill, decode = map(run["load"], ("forward", "prefill", "decode"))
+    functions = {path.stem: run["load"](path.stem) for path in folder.glob("*.stablehlo")}
     params = run["load_params"]()
+    forward, prefill, encode, decode = (
+        functions.get(name) for name in ("forward", "prefill", "encode", "decode")
+    )
 
-    def logits(tokens):
+    def of_encoder(tokens):
+        length = np.full(len(tokens), tokens.shape[1], np.int32)
+        return forward(params, tokens, np.zeros_like(tokens), length)
+
+    def of_decoder(tokens):
         batch, length = tokens.shape
-        half, pad = (length + 1) // 2, 3
-        padding = np.full(batch, pad, np.int32)
-        cache = run["empty_cache"](batch, pad + length)
+        half = (length + 1) // 2
+        pad = min(3, run["MAX_LENGTH"] - half)
+        padding, cache = np.full(batch, pad, np.int32), run["empty_cache"](batch, pad + length)
         parts = [np.asarray(forward(params, tokens[:, :half]))[:, :-1]]
         padded = np.pad(tokens[:, :half], ((0, 0), (pad, 0)))
         last, cache = prefill(params, padded, padding, cache)
@@ -97,9 +105,21 @@ def stablehlo(folder):
         for i in range(half, length):
             last, cache = decode(params, tokens[:, i], padding, np.int32(pad + i), cache)
             parts.append(np.asarray(last)[:, None])
-        return np.concatenate(parts, axis=1)
+        return {"logits": np.concatenate(parts, axis=1)}
 
-    serve(logits)
+    def of_encoder_decoder(tokens, encoder_tokens):
+        batch, length = tokens.shape
+        half, lengths = length // 2, np.full(batch, encoder_tokens.shape[1], np.int32)
+        pad = min(2, run["MAX_LENGTH"] - encoder_tokens.shape[1])
+        padded = np.pad(encoder_tokens, ((0, 0), (0, pad)))
+        parts = [np.asarray(forward(params, padded, lengths, tokens))[:, :half]]
+        memory, cache = encode(params, padded, lengths), run["empty_cache"](batch, length)
+        for i in range(length):
+            last, cache = decode(params, tokens[:, i], np.int32(i), lengths, memory, cache)
+            parts += [np.asarray(last)[:, None]] if i >= half else []
+        return {"logits": np.concatenate(parts, axis=1)}
+
+    serve(of_decoder if prefill else of_encoder_decoder if encode else of_encoder)
 
 
 if __name__ == "__main__":
