@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from decoder_cases import CASES, config_of, our_logits, random_model, run_of, tokens
+from exports import certified
 from hypothesis import given, settings
 from saved_run import save_run
 from tiny import run_config
@@ -25,7 +26,6 @@ from llm_jax.core.flags import RunError
 from llm_jax.data.tokenizers import huggingface, raw_bytes, sentencepiece, tiktoken
 from llm_jax.export import bundle, certificate
 from llm_jax.export import vocabulary as vocabularies
-from llm_jax.export.certified import export_certified
 from llm_jax.export.standalone import compose
 from llm_jax.export.vocabulary import vocabulary
 from llm_jax.generate.engine import Engine
@@ -430,14 +430,14 @@ def test_a_tokenizer_that_cuts_otherwise_gets_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def certified(out):
+def certified_llama(out):
     config = CONFIGS["llama_biases"]
     loaded = LoadedModel(random_model(config), run_of(config), BYTES, step=3)
-    return export_certified(bundle.make(**QUIET), lambda: loaded, out, workdir=None, **QUIET)
+    return certified(bundle.make(**QUIET), loaded, out)
 
 
 def test_a_changed_program_is_noticed(tmp_path):
-    out = certified(tmp_path / "out")
+    out = certified_llama(tmp_path / "out")
     content = certificate.verify(out)
     assert content["figures"]["logits"]["equal_tokens"] == 1.0
     assert "run.py imports numpy and the standard library alone" in content["held"]
@@ -451,7 +451,7 @@ def test_a_program_that_computes_otherwise_gets_no_folder(tmp_path, monkeypatch)
     changed = lambda *given: compose(*given).replace("ROPE_THETA = 10000.0", "ROPE_THETA = 20000.0")  # noqa: E731
     monkeypatch.setattr(bundle, "compose", changed)
     with pytest.raises(RunError, match="does not compute what the model does: logits"):
-        certified(tmp_path / "out")
+        certified_llama(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -464,7 +464,7 @@ def test_parameters_that_changed_on_the_way_get_no_folder(tmp_path, monkeypatch)
 
     monkeypatch.setattr(bundle.Stored, "array", array)
     with pytest.raises(RunError, match="does not compute what the model does: logits"):
-        certified(tmp_path / "out")
+        certified_llama(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

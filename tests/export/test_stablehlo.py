@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from decoder_cases import CASES, config_of, our_logits, random_model, run_of, tokens
+from exports import ENCODER, MODELS, certified, loaded_of
 from flax import nnx
 from safetensors.numpy import load_file
 from saved_run import save_run
@@ -26,12 +27,12 @@ from llm_jax.checkpoint.load import LoadedModel
 from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
 from llm_jax.data.tokenizers import raw_bytes
-from llm_jax.export import certificate, stablehlo
-from llm_jax.export.certified import export_certified
+from llm_jax.export import certificate, functions, stablehlo
 from llm_jax.export.standalone import compose
 from llm_jax.export.vocabulary import vocabulary
 from llm_jax.generate.engine import Engine
 from llm_jax.generate.sampler import SamplingConfig
+from llm_jax.models import bert, encoder_decoder
 
 BYTES = raw_bytes.make(raw_bytes.Config())
 QUIET = {"say": lambda text: None}
@@ -230,14 +231,16 @@ def test_a_tokenizer_that_cannot_be_written_leaves_ids(tmp_path):
 
 
 def test_what_is_written_is_clean(tmp_path):
-    model = random_model(config_of("gpt2"))
     exporter = stablehlo.make(**QUIET)
     (tmp_path / "made").mkdir()
     tokenizers = {"ids": None, **make_tokenizers(tmp_path / "made")}
     shutil.rmtree(tmp_path / "made")
-    for name, tokenizer in tokenizers.items():
+    cases = [(kind, config_of("gpt2"), tokenizer) for kind, tokenizer in tokenizers.items()]
+    cases += [(f"{name}_ids", config, None) for name, config in OTHERS.items()]
+    cases += [(name, config, tokenizers["bpe"]) for name, config in OTHERS.items()]
+    for name, config, tokenizer in cases:
         words = tokenizer and vocabulary(tokenizer)
-        text = compose("stablehlo_run", exporter._given(model, BYTES, words))
+        text = compose("stablehlo_run", exporter._given(config, BYTES, words, ["logits"]))
         ast.parse(text, feature_version=(3, 11))
         (tmp_path / f"{name}.py").write_text(text)
     for command in (["check"], ["format", "--check", "--diff"]):
@@ -248,14 +251,77 @@ def test_what_is_written_is_clean(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def certified(out):
-    loaded = LoadedModel(random_model(config_of("gpt2")), run_of(config_of("gpt2")), BYTES, step=3)
-    return export_certified(stablehlo.make(**QUIET), lambda: loaded, out, workdir=None, **QUIET)
+OTHERS = {
+    "t5": MODELS["t5"],
+    "transformer": encoder_decoder.Config(**ENCODER, max_length=48, num_decoder_layers=1),
+    "marian": encoder_decoder.Config(
+        **ENCODER, max_length=48, tie_embeddings=False, head_bias=True
+    ),
+    "bert": MODELS["bert"],
+    "roberta": bert.Config(**ENCODER, num_positions=50, num_token_types=1, head="masked_lm"),
+    "bert_classes": MODELS["bert_classes"],
+    "answers": bert.Config(**ENCODER, num_positions=40, head="question_answering"),
+    "sentences": MODELS["sentences"],
+}
+OTHERS_FEW = ("t5", "bert")
+
+
+@pytest.mark.parametrize("name", OTHERS_FEW)
+def test_models_with_encoders_are_certified(tmp_path, name):
+    out = certified(stablehlo.make(**QUIET), loaded_of(OTHERS[name]), tmp_path / "out")
+    content = json.loads((out / certificate.NAME).read_text())
+    assert content["figures"].keys() == {"bert": {"logits", "class_logits"}}.get(name, {"logits"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(OTHERS) - set(OTHERS_FEW)))
+def test_other_models_with_encoders_are_certified(tmp_path, name):
+    out = certified(stablehlo.make(**QUIET), loaded_of(OTHERS[name]), tmp_path / "out")
+    certificate.verify(out)
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_the_engine(tmp_path):
+    loaded = loaded_of(OTHERS["transformer"], stddev=0.4)
+    out = tmp_path / "out"
+    stablehlo.make(**QUIET).export(loaded.model, BYTES, loaded.run, out)
+    run = runpy.run_path(str(out / "run.py"))
+    prompts = [[7, 8, 9, 10, 11, 257], [20, 257], [257]]
+    greedy = lambda logits: np.argmax(logits, -1).astype(np.int32)  # noqa: E731
+    found = np.stack(list(run["generate"](run["load_params"](), prompts, 12, greedy)), axis=1)
+    config = SamplingConfig(0.0, max_tokens=12)
+    wanted = Engine(loaded.model, BYTES).generate([*prompts, "ab"], config)
+    for row, completion in zip(found.tolist(), wanted[:3], strict=True):
+        assert tuple(row[: len(completion.tokens)]) == completion.tokens
+    done = program(out, "ab", "--temperature", "0", "--max_tokens", "12")
+    assert done.stdout.decode() == wanted[3].text + "\n", done.stderr.decode()
+
+
+@pytest.mark.slow
+def test_padding_of_an_encoder_changes_nothing(tmp_path):
+    loaded = loaded_of(OTHERS["sentences"], stddev=0.4)
+    stablehlo.make(**QUIET).export(loaded.model, BYTES, loaded.run, tmp_path / "out")
+    run = runpy.run_path(str(tmp_path / "out" / "run.py"))
+    forward, params = run["load"]("forward"), run["load_params"]()
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 11)).astype(np.int32)
+    types = np.array([[0] * 5 + [1] * 6] * 2, np.int32)
+    padded = forward(params, tokens, types, np.array([11, 7], np.int32))["hidden"]
+    short = forward(params, tokens[1:, :7], types[1:, :7], np.array([7], np.int32))["hidden"]
+    np.testing.assert_allclose(padded[1, :7], short[0], atol=1e-5)
+    done = program(tmp_path / "out", "a text")
+    assert done.stdout.startswith(b"hidden (1, 8, 32)\n"), done.stderr.decode()
+
+
+def certified_gpt2(out):
+    config = config_of("gpt2")
+    return certified(
+        stablehlo.make(**QUIET), LoadedModel(random_model(config), run_of(config), BYTES, 3), out
+    )
 
 
 @pytest.mark.slow
 def test_a_changed_function_is_noticed(tmp_path):
-    out = certified(tmp_path / "out")
+    out = certified_gpt2(tmp_path / "out")
     assert certificate.verify(out)["figures"]["logits"]["equal_tokens"] == 1.0
     path = out / "decode.stablehlo"
     data = bytearray(path.read_bytes())
@@ -266,14 +332,24 @@ def test_a_changed_function_is_noticed(tmp_path):
 
 
 def test_a_decode_that_computes_otherwise_gets_no_folder(tmp_path, monkeypatch):
-    original = stablehlo.Functions.decode
+    original = functions.Decoder.decode
 
-    def decode(self, params, tokens, padding, length, cache):
-        return original(self, params, tokens, padding + 1, length, cache)
+    def decode(self, params, token, padding, length, cache):
+        return original(self, params, token, padding + 1, length, cache)
 
-    monkeypatch.setattr(stablehlo.Functions, "decode", decode)
+    monkeypatch.setattr(functions.Decoder, "decode", decode)
     with pytest.raises(RunError, match="does not compute what the model does: logits"):
-        certified(tmp_path / "out")
+        certified_gpt2(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_family_is_refused(tmp_path):
+    run = run_of(config_of("gpt2"))
+    other = dataclasses.replace(run, model=dataclasses.replace(run.model, name="other"))
+    exporter = stablehlo.make(**QUIET)
+    model = random_model(config_of("gpt2"))
+    with pytest.raises(ConfigError, match="no model 'other'; choices: gpt, encoder_decoder, bert"):
+        exporter.export(model, BYTES, other, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
