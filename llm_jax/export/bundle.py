@@ -206,7 +206,7 @@ def choices(config: gpt.Config) -> dict[str, Any]:
         "windowed": local_spec.window is not None,
         "window": local_spec.window,
         "local_rope": mixed and local_rope != rope,
-        "scale": config.attention_scale or config.head_dim**-0.5,
+        "scale": config.attention_scale or "HEAD_DIM**-0.5",
         "soft_cap": config.attention_soft_cap,
         "view": "visible, turn" if rotary else "visible",
         "call": "*view" if mixed else "visible, turn" if rotary else "visible",

@@ -1,6 +1,7 @@
 """Exports that compute in a process of their own, which has no llm_jax: see export/witness.py."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -37,6 +38,8 @@ class Elsewhere:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            # Accelerators belong to this process.
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )
         weakref.finalize(self, _end, self._process)
         self._read()

@@ -8,7 +8,7 @@ many of them are padding.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from llm_jax.core.types import Model
+from llm_jax.export import hf
 from llm_jax.nn.attention import Memory
 from llm_jax.nn.cache import KVCache
 from llm_jax.nn.head import head_logits
@@ -45,6 +46,13 @@ class Signature:
     constraints: tuple[str, ...] = ()
 
 
+class Stored(NamedTuple):
+    """A parameter and what it is stored in."""
+
+    view: np.ndarray
+    dtype: str
+
+
 class Functions:
     """A model of one family.
 
@@ -55,15 +63,19 @@ class Functions:
         self.config = model.config
         # As an accelerator computes it, and in operations that all platforms have.
         self.precision = Precision(compute_dtype, wide_output=False, attention_kernel="reference")
-        model = with_precision(unstack(model), self.precision)
-        self._graphdef, state = nnx.split(model)
+        apart = nnx.eval_shape(lambda: with_precision(unstack(model), self.precision))
+        self._graphdef, state = nnx.split(apart)
         is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
         variables = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_variable)
         self._treedef = jax.tree.structure(state)
-        self.params = {
-            path_name(path).removeprefix("stack."): _stored(variable, compute_dtype)
-            for path, variable in variables
-        }
+        stacked = hf.params_of(model)
+        self.params: dict[str, Stored] = {}
+        for path, variable in variables:
+            name, view = path_name(path), _of_layer(stacked, path_name(path))
+            # As the engine keeps them: matrices in the compute dtype, but for routers and biases.
+            cast = view.ndim > 1 and not {"router", None} & set(variable.axes)
+            dtype = compute_dtype if cast else "float32"
+            self.params[name.removeprefix("stack.")] = Stored(view, dtype)
 
     def signatures(self) -> dict[str, Signature]:
         raise NotImplementedError
@@ -75,7 +87,9 @@ class Functions:
     def exported(self) -> dict[str, jax.export.Exported]:
         """Each function for all platforms and sizes."""
         result = {}
-        params = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.params.items()}
+        params = {
+            name: jax.ShapeDtypeStruct(x.view.shape, x.dtype) for name, x in self.params.items()
+        }
         for name, signature in self.signatures().items():
             sizes = jax.export.symbolic_shape(
                 ", ".join(signature.symbols), constraints=signature.constraints
@@ -271,11 +285,13 @@ FAMILIES: Mapping[str, type[Functions]] = {
 }
 
 
-def _stored(variable: nnx.Variable, dtype: str) -> np.ndarray:
-    """Matrices in the compute dtype, as the engine keeps them, but for routers and tables of biases."""
-    x = np.asarray(variable[...])
-    cast = x.ndim > 1 and not {"router", None} & set(variable.axes)
-    return np.ascontiguousarray(x.astype(dtype) if cast else x)
+def _of_layer(stacked: hf.Params, name: str) -> np.ndarray:
+    """A view of "stack.layers.3.mlp.up" in the array "stack.layers.mlp.up" of all layers."""
+    if name in stacked:
+        return stacked[name]
+    stack, inner = name.split(".layers.")
+    layer, inner = inner.split(".", 1)
+    return stacked[f"{stack}.layers.{inner}"][int(layer)]
 
 
 def _int32(*shape: Any) -> jax.ShapeDtypeStruct:

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import jax
 import jax.export
-import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Model, Tokenizer
@@ -71,7 +70,7 @@ class StableHloExporter:
         """Writes the folder.
 
         Args:
-          model: with its layers stacked or apart.
+          model: with its layers stacked, as training and `load_model` have them.
           directory: absent or empty.
 
         Raises:
@@ -88,13 +87,13 @@ class StableHloExporter:
             for name, exported in functions.exported().items():
                 (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
                 described[name] = _description(exported, signatures[name])
-            _write_tensors(folder / "model.safetensors", functions.params)
+            _write_parameters(folder / "model.safetensors", functions)
             words = self._vocabulary(tokenizer)
             outputs = [result["name"] for result in described["forward"]["results"]]
             given = self._given(config.model, tokenizer, words, outputs)
             (folder / "run.py").write_text(compose("stablehlo_run", given), encoding="utf-8")
             if words is not None and words.tensors:
-                _write_tensors(folder / "vocabulary.safetensors", words.tensors)
+                _write_vocabulary(folder / "vocabulary.safetensors", words)
             _write_manifest(folder, functions, tokenizer, described)
         return Path(directory).resolve()
 
@@ -157,9 +156,18 @@ def require_flatbuffers() -> None:
         raise ConfigError('format stablehlo needs: pip install "llm_jax[stablehlo]"')
 
 
-def _write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    specs = [Spec(name, tensor_kind(x), x.shape) for name, x in arrays.items()]
-    write_safetensors(path, specs, arrays.values(), {"format": "np"})
+def _write_parameters(path: Path, functions: Functions) -> None:
+    """Array by array: no more than one is in memory twice."""
+    kinds = {"float32": "F32", "bfloat16": "BF16"}
+    params = functions.params.items()
+    specs = [Spec(name, kinds[x.dtype], x.view.shape) for name, x in params]
+    arrays = (x.view.astype(x.dtype, copy=False) for _, x in params)
+    write_safetensors(path, specs, arrays, {"format": "np"})
+
+
+def _write_vocabulary(path: Path, words: Vocabulary) -> None:
+    specs = [Spec(name, tensor_kind(x), x.shape) for name, x in words.tensors.items()]
+    write_safetensors(path, specs, words.tensors.values(), {"format": "np"})
 
 
 def _description(exported: jax.export.Exported, signature: Signature) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def _check_bpe(content: Mapping[str, Any]) -> None:
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise _refused(f"a tokenizer.json with {option} = {model[option]!r}")
-    if not content.get("decoder"):
+    if not _steps(content, "decoder", "decoders"):
         raise _refused("a tokenizer.json without a decoder")
 
 

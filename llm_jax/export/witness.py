@@ -7,6 +7,7 @@ all is loaded, with none. Packages other than those of KIND cannot be imported.
 
 import io
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -31,13 +32,13 @@ def serve(answer):
     """Answers until standard input ends."""
     import numpy as np
 
-    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    stdin = sys.stdin.buffer
 
     def write(arrays):
         file = io.BytesIO()
         np.savez(file, **arrays)
-        stdout.write(len(file.getvalue()).to_bytes(8, "little") + file.getvalue())
-        stdout.flush()
+        answers.write(len(file.getvalue()).to_bytes(8, "little") + file.getvalue())
+        answers.flush()
 
     write({})
     while size := stdin.read(8):
@@ -123,6 +124,9 @@ def stablehlo(folder):
 
 
 if __name__ == "__main__":
+    # What an export itself prints goes to standard error: answers have standard output for themselves.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
     kind, path, *packages = sys.argv[1:]
     sys.path.extend(packages)
     {"bundle": bundle, "bundle_tokenizer": bundle_tokenizer, "stablehlo": stablehlo}[kind](
