@@ -179,6 +179,22 @@ def test_no_package_but_numpy_is_there(exported, tmp_path, package):
         bundle.make(**QUIET).load_back(tmp_path)
 
 
+def test_a_program_that_fails_or_talks_is_understood(exported, tmp_path):
+    _, folder = exported("gpt2")
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    program, text = tmp_path / "run.py", (folder / "run.py").read_text()
+    rows = tokens(300, 3)
+    program.write_text(text.replace("BOS, EOS =", 'print("hello " * 99)\nBOS, EOS ='))
+    found = bundle.make(**QUIET).load_back(tmp_path)({"tokens": rows})["logits"]
+    np.testing.assert_allclose(found, logits_of(folder, rows, [3]), atol=1e-4)
+    with pytest.raises(RunError, match="fails: IndexError: "):
+        bundle.make(**QUIET).load_back(tmp_path)({"tokens": rows + 300})
+    program.write_text(text + "\nraise SystemExit(3)\n")
+    with pytest.raises(RunError, match="the bundle in a process of its own fails: exit status 3"):
+        bundle.make(**QUIET).load_back(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_matrices_in_sixteen_bits_are_read_as_they_were_rounded(tmp_path, dtype):
     config = config_of("qwen3_moe")

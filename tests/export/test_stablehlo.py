@@ -199,6 +199,7 @@ def program(folder, *arguments):
     return subprocess.run(list(map(str, command)), capture_output=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_program_writes_the_text_of_the_engine(exported):
     model, folder = exported("gemma3")
     (wanted,) = Engine(model, BYTES).generate(["Hé"], SamplingConfig(0.0, max_tokens=12))

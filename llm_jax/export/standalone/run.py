@@ -9,26 +9,28 @@ Needs Python 3.9 or newer and numpy, and beside it model.safetensors: parameters
 
 A language model tells for each piece of text ("token") how likely it comes next. It works thus:
 
-1. The tokenizer cuts a text into tokens and gives the number of each.
+1. `Tokenizer` cuts a text into tokens and gives the number of each.
 2. Each number picks a row of a table, a vector of EMBED_DIM numbers.
 #: if learned
    A vector that stands for its position is added.
 #: end
-3. NUM_LAYERS layers change these vectors, one after the other. In a layer, attention lets each token
+3. NUM_LAYERS layers change these vectors, one after the other (`forward`). In a layer, `attention`
+   lets each token gather from those before it, and then each goes by itself through
 #: if moe
-   gather from those before it, and then each goes through a few of many small networks ("experts").
+   a few of many small networks (`experts`).
 #: else
-   gather from those before it, and then each goes through a small network ("MLP") by itself.
+   a small network (`mlp`).
 #: end
-4. The vector of the last token, times a table of all tokens, is the score ("logit") of each to be next.
-5. One is drawn, put behind the text, and it goes on at 2 with this token alone: all that later tokens
-   need of earlier ones, keys and values, is kept in a cache.
+4. The vector of the last token, times a table of all tokens, is the score ("logit") of each to come
+   next (`logits`).
+5. One is drawn (`draw`) and put behind the text, and it goes on at 2 with this token alone: what later
+   tokens need of earlier ones, their keys and values, is kept in a cache (`generate`).
 
 Letters in comments on shapes: T new tokens, S tokens so far, D = EMBED_DIM, N = NUM_HEADS,
 #: if grouped
-K = NUM_KV_HEADS, G = N / K, H = HEAD_DIM, F width of the MLP, V = VOCAB_SIZE.
+K = NUM_KV_HEADS, G = N / K, H = HEAD_DIM, F the inner width of `mlp`, V = VOCAB_SIZE.
 #: else
-H = HEAD_DIM, F width of the MLP, V = VOCAB_SIZE.
+H = HEAD_DIM, F the inner width of `mlp`, V = VOCAB_SIZE.
 #: end
 
 llm_jax composed this file for the one model beside it: what that model does not use is not here.
@@ -96,7 +98,7 @@ def load(path):
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    dtypes = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "U8": "u1"}
+    dtypes = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "U8": "u1"}
     params = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -167,7 +169,7 @@ def rotate(x, turn):
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def frequencies(theta):
+def rope_frequencies(theta):
     """Radians per position of each pair, from 1 down to about 1 / theta: [H / 2]."""
     return theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
 
@@ -180,16 +182,16 @@ def stretch(frequencies):
     return frequencies * (fast + (1 - fast) / given.rope_factor)
 
 
-FREQUENCIES = stretch(frequencies(ROPE_THETA))
+FREQUENCIES = stretch(rope_frequencies(ROPE_THETA))
 #: else
 #: if linear_scaling
-FREQUENCIES = frequencies(ROPE_THETA) / given.rope_factor  # slower, for longer texts
+FREQUENCIES = rope_frequencies(ROPE_THETA) / given.rope_factor  # slower, for longer texts
 #: else
-FREQUENCIES = frequencies(ROPE_THETA)
+FREQUENCIES = rope_frequencies(ROPE_THETA)
 #: end
 #: end
 #: if local_rope
-LOCAL_FREQUENCIES = frequencies(LOCAL_ROPE_THETA)
+LOCAL_FREQUENCIES = rope_frequencies(LOCAL_ROPE_THETA)
 #: end
 
 
@@ -319,13 +321,13 @@ def experts(x, p):
 
 #: if gated
 def mlp(x, up, gate, down):
-    """One expert. What passes is gated by a second product (SwiGLU, Shazeer 2020)."""
+    """One expert: [T, D] to [T, F] and back; what passes is gated by a second product (Shazeer 2020)."""
     return (activation(x @ gate) * (x @ up)) @ down
 
 
 #: else
 def mlp(x, up, down):
-    """One expert."""
+    """One expert: [T, D] to [T, F] and back."""
     return activation(x @ up) @ down
 
 
@@ -434,11 +436,11 @@ def draw(scores, temperature, top_k, top_p, random):
     #: end
     if temperature == 0:
         return int(np.argmax(scores))
-    best = np.argsort(-scores, kind="stable")[:top_k]
+    best = np.argsort(-scores, kind="stable")[:top_k]  # the best first; all of them for None
     chances = softmax(scores[best].astype(np.float64) / temperature)
-    before = np.cumsum(chances) - chances
-    best, chances = best[before < top_p], chances[before < top_p]
-    return int(random.choice(best, p=chances / chances.sum()))
+    needed = np.cumsum(chances) - chances < top_p  # until they reach top_p together
+    chances = chances[needed] / chances[needed].sum()
+    return int(random.choice(best[needed], p=chances))
 
 
 def generate(params, tokens, max_tokens, next_token):
