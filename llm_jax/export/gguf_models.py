@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.core.config import ConfigError, parse, to_dict
+from llm_jax.export.slabs import contiguous
 from llm_jax.models.gpt import Config
 from llm_jax.models.gpt import hf as gpt_hf
 from llm_jax.models.hf_table import Architecture, Entry, Plan, flat, nested
@@ -285,7 +286,7 @@ class Tensor:
             x = x.reshape(self.heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
         if self.offset or self.factor != 1:
             x = (x + np.float32(self.offset)) * np.float32(self.factor)
-        return np.ascontiguousarray(x)
+        return contiguous(x)
 
     def back(self, x: np.ndarray) -> list[np.ndarray]:
         """Hugging Face's tensors, one for each entry; the factor stays, as llama.cpp computes with it."""
