@@ -11,6 +11,7 @@ passes.
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -183,10 +184,13 @@ def _memory(job: Job) -> dict[str, float]:
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     _export(FORMATS[job.format], model, run, out)
+    peak = _resident("VmHWM")
+    gc.collect()
+    before = min(before, _resident("VmRSS"))  # what was freed late does not hide what was taken
     items = _items(model, run)
     return {
         "model_MB": sum(item.num_bytes for item in items) / 1e6,
-        "peak_MB": (_resident("VmHWM") - before) / 1e6,
+        "peak_MB": (peak - before) / 1e6,
         "tensor_MB": max(item.num_bytes for item in items) / 1e6,
     }
 
