@@ -43,7 +43,7 @@ def export_certified(
         exporter.export(loaded.model, loaded.tokenizer, loaded.run, folder)
         about = {
             "model": loaded.run.model.name,
-            "parameters": count_parameters(loaded),
+            "parameters": _count_parameters(loaded),
             "step": loaded.step,
         }
         title = Path(directory).resolve().name
@@ -56,5 +56,5 @@ def export_certified(
     return Path(directory).resolve()
 
 
-def count_parameters(loaded: LoadedModel) -> int:
+def _count_parameters(loaded: LoadedModel) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(loaded.model, nnx.Param)))

@@ -16,13 +16,14 @@ _PADDING = 16
 
 def slabs(x: np.ndarray) -> Iterator[np.ndarray]:
     """The rows of x, contiguous, in order; a piece is valid until the next one is asked for."""
-    if x.flags.c_contiguous:
-        yield x
-        return
     if x.ndim == 0 or not x.size:
         yield np.ascontiguousarray(x)
         return
     step = max(1, _BYTES // max(1, x[0].nbytes))
+    if x.flags.c_contiguous:
+        for start in range(0, len(x), step):
+            yield x[start : start + step]
+        return
     scratch = np.empty((min(step, len(x)), *x.shape[1:]), x.dtype)
     tile = np.empty((_TILE, _TILE + _PADDING), x.dtype)
     for start in range(0, len(x), step):
