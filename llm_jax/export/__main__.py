@@ -74,6 +74,8 @@ def _exporter(name: str, options: list[str]) -> Exporter:
     section = {}
     for option in options:
         set_override(section, option)
+    if "name" in section:
+        raise RunError("--option name: the format is --format's")
     return module.make(parse(module.Config, section, f"--option of {name}"))
 
 

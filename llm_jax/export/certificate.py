@@ -8,6 +8,7 @@ years later, without the run.
 """
 
 import base64
+import binascii
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -32,8 +33,9 @@ NAME = "certificate.json"
 _VERSION = 1
 _PACKAGES = ("llm_jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "gguf")
 # Another machine adds in another order: how far the same files may be from the recorded answers, as a share
-# of the largest.
+# of the largest; and at which share of positions farther, since a router may then choose another expert.
 _ELSEWHERE = 1e-3
+_OFF = 0.005
 _ENOUGH = 100  # positions: a share of fewer says little, such as of the classes of six rows
 
 
@@ -158,22 +160,27 @@ def verify(directory: Path) -> dict[str, Any]:
     Raises:
       RunError: there is no certificate, or what differs from it.
     """
-    content = _read(Path(directory) / NAME)
-    _check_files(directory, content["files"])
-    module = component("export", content["format"]["name"])
-    exporter = module.make(parse(module.Config, content["format"], f"{NAME}: format"))
-    if content["tolerances"] != to_dict(exporter.tolerances):
+    path = Path(directory) / NAME
+    content = _read(path)
+    try:
+        files, tolerances = dict(content["files"]), content["tolerances"]
+        module = component("export", content["format"]["name"])
+        exporter = module.make(parse(module.Config, content["format"], f"{NAME}: format"))
+        inputs = _unpacked_all(content["probes"])
+        rows = len(next(iter(inputs.values())))
+        digests = {name: Digest(**_unpacked_all(x)) for name, x in content["digests"].items()}
+        recorded = {name: Figures(**content["figures"][name]) for name in digests}
+    except (KeyError, TypeError, AttributeError, StopIteration, binascii.Error):
+        raise RunError(f"{path} cannot be read as a certificate") from None
+    _check_files(directory, files)
+    if tolerances != to_dict(exporter.tolerances):
         raise RunError(f"{directory}: its certificate has other tolerances than the format")
     forward = exporter.load_back(directory)
-    inputs = _unpacked_all(content["probes"])
-    rows = len(next(iter(inputs.values())))
     answers = [forward({k: x[i : i + 1] for k, x in inputs.items()}) for i in range(rows)]
-    for name, packed in content["digests"].items():
-        digest = Digest(**_unpacked_all(packed))
-        recorded = Figures(**content["figures"][name])
+    for name, digest in digests.items():
         _check_answers(directory, name, digest, answers)
-        _check_figures(directory, name, recorded, digest.figures())
-        _check(name, recorded, exporter.tolerances)
+        _check_figures(directory, name, recorded[name], digest.figures())
+        _check(name, recorded[name], exporter.tolerances)
     return content
 
 
@@ -259,15 +266,14 @@ def _check_answers(directory: Path, name: str, digest: Digest, answers: Sequence
     found = np.concatenate([x[name].reshape(-1, x[name].shape[-1]) for x in answers])
     if len(found) != len(digest.ids) or found.shape[1] <= digest.ids.max(initial=0):
         raise RunError(f"{directory}: {name} is {found.shape}, not what was certified")
-    values = np.take_along_axis(found, digest.ids, axis=1).astype(np.float64)
-    there = digest.finite
-    wanted = digest.exported_values[there]
-    difference = np.max(np.abs(values[there] - wanted), initial=0.0)
-    limit = _ELSEWHERE * np.max(np.abs(wanted), initial=1.0)
-    if not difference <= limit:
+    values = np.take_along_axis(found, digest.ids, axis=1).astype(np.float64)[digest.finite]
+    wanted = digest.exported_values[digest.finite]
+    differences = np.max(np.abs(values - wanted), axis=1)
+    near = differences <= _ELSEWHERE * np.max(np.abs(wanted), initial=1.0)
+    if np.count_nonzero(~near) > _OFF * len(near):
         raise RunError(
             f"{directory}: its {name} are not those that were certified: they differ by up to "
-            f"{difference:.4g}"
+            f"{np.max(differences):.4g} at {np.count_nonzero(~near)} of {len(near)} positions"
         )
 
 

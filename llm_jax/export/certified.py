@@ -4,6 +4,7 @@ What is unusual: the trained model is let go before the export is loaded back, s
 memory of one of them at a time.
 """
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import jax
 from flax import nnx
 
 from llm_jax.checkpoint.load import LoadedModel
-from llm_jax.core.flags import RunError
 from llm_jax.export import certificate
 from llm_jax.export.card import write_card
 from llm_jax.export.certificate import Exporter, Reference
@@ -40,23 +40,21 @@ def export_certified(
         loaded = load()
         probes = probes_for(loaded.model, loaded.run, loaded.tokenizer, workdir)
         reference = Reference.of(loaded.model, probes)
-        try:
-            exporter.export(loaded.model, loaded.tokenizer, loaded.run, folder)
-        except OSError as error:
-            raise RunError(f"the export could not be written: {error}") from error
+        exporter.export(loaded.model, loaded.tokenizer, loaded.run, folder)
         about = {
             "model": loaded.run.model.name,
-            "parameters": count_parameters(loaded),
+            "parameters": _count_parameters(loaded),
             "step": loaded.step,
         }
         title = Path(directory).resolve().name
         usage = exporter.usage(folder, title)
         write_card(folder, title, loaded, workdir, usage=usage, library=exporter.library)
-        del loaded  # its memory is needed to load back
+        del loaded  # its memory is needed to load back, at once: modules refer to themselves
+        gc.collect()
         content = certificate.certify(exporter, folder, reference, about)
     say(f"certified: {certificate.summary(content)}")
     return Path(directory).resolve()
 
 
-def count_parameters(loaded: LoadedModel) -> int:
+def _count_parameters(loaded: LoadedModel) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(loaded.model, nnx.Param)))

@@ -149,7 +149,10 @@ def load(path: Path, *, device: jax.Device | None = None) -> Model:
         raise ConfigError(f"{path} cannot be read as GGUF: {error}") from None
     found = {key: field.contents() for key, field in reader.fields.items()}
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    architecture, config = gguf_models.read_config(found, set(stored))
+    try:
+        architecture, config = gguf_models.read_config(found, set(stored))
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path} was written by others: it does not tell {error}") from None
     convention = gguf_models.convention_for(architecture, config)
     _check_factors(path, stored, config)
 

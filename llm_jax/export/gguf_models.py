@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.core.config import ConfigError, parse, to_dict
+from llm_jax.export.slabs import contiguous
 from llm_jax.models.gpt import Config
 from llm_jax.models.gpt import hf as gpt_hf
 from llm_jax.models.hf_table import Architecture, Entry, Plan, flat, nested
@@ -41,7 +42,7 @@ class Convention:
     needed: fields that may not be None. rotated_pairs, norm_offset, windows: see the module.
     whole_heads: num_heads times head_dim must be embed_dim. own_head: there is no tied one, a copy is
     written. scaling: kinds of rope scaling.
-    odd_scale: at this number of layers the scores' scale is that of embed_dim / num_heads.
+    odd_scale: the scores' scale is that of head_dim, at this number of layers of embed_dim / num_heads.
     """
 
     name: str
@@ -107,7 +108,7 @@ def convention_for(architecture: Architecture, config: Config) -> Convention:
         wrong["rope_scaling.kind"] = " or ".join(map(repr, (*convention.scaling, None)))
         values["rope_scaling.kind"] = kind
     if convention.whole_heads and config.num_heads * config.head_dim != config.embed_dim:
-        wrong["head_dim"] = config.embed_dim / config.num_heads
+        wrong["head_dim"] = config.embed_dim // config.num_heads
     if not convention.windows and context_length(convention, config) < min(
         _LEAST_CONTEXT, config.max_length
     ):
@@ -209,6 +210,7 @@ def read_config(found: Mapping[str, Any], names: set[str]) -> tuple[Architecture
         values |= _rope_values(found, get)
     if convention.windows:
         values |= _window_values(get)
+    if convention.odd_scale is not None:
         values["attention_scale"] = _own_scale(convention, values)
     if get("expert_count"):
         values |= {
@@ -285,7 +287,7 @@ class Tensor:
             x = x.reshape(self.heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
         if self.offset or self.factor != 1:
             x = (x + np.float32(self.offset)) * np.float32(self.factor)
-        return np.ascontiguousarray(x)
+        return contiguous(x)
 
     def back(self, x: np.ndarray) -> list[np.ndarray]:
         """Hugging Face's tensors, one for each entry; the factor stays, as llama.cpp computes with it."""
@@ -337,7 +339,7 @@ def _paired_heads(convention: Convention, name: str, config: Config) -> int | No
 
 
 def _query_factor(convention: Convention, name: str, config: Config) -> float:
-    """What the queries, or their norm after which no scale is lost, are multiplied by."""
+    """What the queries, or the norm that would undo it, are multiplied by where their scale is fixed."""
     if not convention.windows or (config.attention_scale is None and convention.odd_scale is None):
         return 1.0
     if not name.endswith("q_norm.weight" if config.qk_norm else "q_proj.weight"):

@@ -2,7 +2,7 @@
 
 What they hold is said by one table per model family, `llm_jax/models/<family>/hf.py`; models/hf_folder.py
 reads them. What is unusual: an export is read back and compared bit for bit before it gets its name, so a
-folder that exists is whole and right; and writing and comparing hold no more than the model and one tensor.
+folder that exists is whole and right; and writing and comparing hold no more than the model and a tensor.
 Neither torch nor transformers is needed.
 """
 
@@ -24,6 +24,7 @@ from llm_jax.export.certificate import EXACT
 from llm_jax.export.folder import new_folder
 from llm_jax.export.probes import Forward, forward_of, host
 from llm_jax.export.safetensors_file import Item, Spec, write_folder
+from llm_jax.export.slabs import slabs
 from llm_jax.models.hf_folder import Source, families, load, load_config, load_params
 from llm_jax.models.hf_table import Entry, Family, Plan
 from llm_jax.models.hf_tensors import Tensors
@@ -76,7 +77,7 @@ class HuggingFaceExporter:
             write_configs(folder, family, config.model, tokenizer)
             params = params_of(model)
             plan = plan_of(family, config.model, params)
-            items = [_item(plan, entry, params) for entry in plan.entries]
+            items = items_of(plan, params)
             files = write_folder(folder, items, self.config.shard_bytes)
             _verify(folder, family, plan, params, config.model)
         count = sum(math.prod(entry.shape) for entry in plan.entries)
@@ -139,9 +140,14 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _item(plan: Plan, entry: Entry, params: Params) -> Item:
-    spec = Spec(entry.name, "F32", entry.shape)
-    return Item((spec,), lambda: (plan.to_hf(entry, params) for _ in range(1)))
+def items_of(plan: Plan, params: Params) -> list[Item]:
+    """What the files hold, each tensor made when it is its turn."""
+
+    def item(entry: Entry) -> Item:
+        make = lambda: (plan.to_hf(entry, params) for _ in range(1))  # noqa: E731
+        return Item((Spec(entry.name, "F32", entry.shape),), make)
+
+    return [item(entry) for entry in plan.entries]
 
 
 def _verify(directory: Path, family: Family, plan: Plan, params: Params, config: Any) -> None:
@@ -153,10 +159,12 @@ def _verify(directory: Path, family: Family, plan: Plan, params: Params, config:
     tensors = Tensors(directory, plan)
     tensors.check()
     for entry in plan.entries:
-        for path, array in plan.from_hf(entry, tensors.read(entry.name)).items():
-            written = np.asarray(params[path][entry.index])
-            # As bits, so that a NaN is equal to itself; views of either layout, so that nothing is copied.
-            if written.dtype != np.float32 or not np.array_equal(
-                written.view(np.uint32), array.view(np.uint32)
+        at = 0
+        for slab in slabs(plan.to_hf(entry, params)):
+            found = tensors.stretch(entry.name, at, slab.size)
+            # As bits, so that a NaN is equal to itself.
+            if slab.dtype != np.float32 or not np.array_equal(
+                found.view(np.uint32), slab.reshape(-1).view(np.uint32)
             ):
-                raise RunError(f"the export's {path} does not read back as it was")
+                raise RunError(f"the export's {entry.name} does not read back as it was")
+            at += slab.size

@@ -131,7 +131,7 @@ class _Part:
         log_sums = [_log_sum(x) if is_distribution else np.zeros(len(x)) for x in (a, b)]
         kept = min(_KEPT, a.shape[1])
         if is_distribution:
-            kept = np.argsort(-a, axis=1, kind="stable")[:, :kept]
+            kept = _most_probable(a, kept)
         else:
             kept = np.tile(np.linspace(0, a.shape[1] - 1, kept).astype(int), (len(a), 1))
         ids = np.concatenate([np.maximum(targets, 0)[:, None], kept], axis=1).astype(np.int32)
@@ -168,6 +168,14 @@ def _of_texts(trained_nats: np.ndarray, exported_nats: np.ndarray) -> dict[str, 
 def _largest(x: np.ndarray) -> float:
     """Magnitude; 0 of nothing."""
     return float(np.max(np.abs(x), initial=0.0))
+
+
+def _most_probable(x: np.ndarray, count: int) -> np.ndarray:
+    """[n, count] ids of the largest of [n, V], in their order; a NaN counts as smallest."""
+    x = np.where(np.isnan(x), -np.inf, x)
+    ids = np.sort(np.argpartition(-x, count - 1, axis=1)[:, :count], axis=1)
+    order = np.argsort(-np.take_along_axis(x, ids, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(ids, order, axis=1)
 
 
 def _log_sum(x: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llm_jax.core.config import ConfigError, component
+from llm_jax.core.config import component
 from llm_jax.core.types import Batch, Model, Tokenizer
 from llm_jax.data.fields import texts_of
 from llm_jax.data.held_out import held_out_documents, held_out_records
@@ -94,7 +94,7 @@ def _held_out(run: RunConfig, workdir: Path) -> list[str]:
             if sum(map(len, texts)) > _HELD_OUT_BYTES:
                 break
         return texts
-    except (ConfigError, OSError):
+    except (ValueError, OSError):  # ConfigErrors, and what packages of sources raise offline
         return []
 
 

@@ -28,6 +28,7 @@ from llm_jax.export.certificate import Tolerances
 from llm_jax.export.folder import new_folder
 from llm_jax.export.probes import Forward, forward_of, host
 from llm_jax.export.safetensors_file import DTYPES, Item, Reader, Spec, write_folder
+from llm_jax.export.slabs import contiguous
 from llm_jax.models.hf_folder import Source, build
 from llm_jax.models.hf_table import Architecture, Entry, Plan
 from llm_jax.training.config import RunConfig, check_vocabulary
@@ -238,7 +239,7 @@ def _item(plan: Plan, entry: Entry, params: hf.Params, scheme: _Scheme) -> Item:
         if scheme.levels is None:
             yield tensor
         else:
-            yield from scheme.encode(tensor.T if scheme.turned else tensor)
+            yield from scheme.encode(contiguous(tensor.T if scheme.turned else tensor))
 
     return Item(scheme.specs(), make)
 

@@ -5,6 +5,7 @@ the header (JSON: name to dtype, shape and place), the tensors' little-endian by
 file, or several and an index, under the names that transformers looks for.
 """
 
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llm_jax.core.config import ConfigError
+from llm_jax.export.slabs import slabs
 from llm_jax.models.hf_tensors import INDEX, SINGLE
 
 DTYPES = {
@@ -61,7 +63,7 @@ def write_folder(directory: Path, items: Sequence[Item], limit: int) -> int:
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = SINGLE if len(shards) == 1 else name
         specs = [spec for item in shard for spec in item.specs]
-        tensors = (tensor for item in shard for tensor in item.make())
+        tensors = itertools.chain.from_iterable(item.make() for item in shard)
         write_safetensors(directory / name, specs, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys((spec.name for spec in specs), name)
     if len(shards) > 1:
@@ -113,8 +115,9 @@ def write_safetensors(
             tensor = next(tensors)
             if tensor.dtype != DTYPES[spec.dtype] or tensor.shape != spec.shape:
                 raise ValueError(f"{spec} is not {tensor.dtype} {tensor.shape}")
-            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-            del tensor  # before the next one is made
+            for slab in slabs(tensor):
+                file.write(slab.reshape(-1).view(np.uint8).data)
+            del tensor, slab  # before the next one is made
         file.flush()
         os.fsync(file.fileno())
 

@@ -47,12 +47,12 @@ class Row:
         return _shape(self._theirs, sizes)
 
     def to_hf(self, parts: Sequence[np.ndarray], sizes: Sizes) -> np.ndarray:
-        """One layer's (and expert's) arrays of `paths` as the Hugging Face tensor, contiguous."""
+        """One layer's (and expert's) arrays of `paths` as the Hugging Face tensor; a view, where it can be."""
         x = np.stack(parts) if len(parts) > 1 else parts[0]
         ours, theirs = _letters(self._ours), _letters(self._theirs)
         x = x.reshape([sizes[letter] for letter in ours])
         x = x.transpose([ours.index(letter) for letter in theirs])
-        return np.ascontiguousarray(x.reshape(self.shape(sizes)))
+        return x.reshape(self.shape(sizes))
 
     def from_hf(self, tensor: np.ndarray, sizes: Sizes) -> list[np.ndarray]:
         """The inverse of `to_hf`; views of `tensor`, where it can be."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
 from llm_jax.export import certificate, hf, quantized
 from llm_jax.export.certificate import EXACT, Reference, verify
+from llm_jax.export.certified import export_certified
 from llm_jax.export.outputs import Figures, compared
 from llm_jax.export.probes import NOTHING, forward_of, probes_for
 
@@ -197,6 +199,9 @@ def test_what_is_no_certificate_says_so(folder):
     rewrite(folder, lambda c: c.update(certificate=99), seal=True)
     with pytest.raises(RunError, match="version 99"):
         verify(folder)
+    rewrite(folder, lambda c: c.update(certificate=1, digests={"logits": {}}), seal=True)
+    with pytest.raises(RunError, match="cannot be read as a certificate"):
+        verify(folder)
     for text in ("[]", "{", '{"step": 3}'):
         path.write_text(text)
         with pytest.raises(RunError, match="cannot be read as a certificate"):
@@ -288,3 +293,21 @@ def test_the_trained_model_is_compared_and_not_its_copy():
     )
     with pytest.raises(RunError, match="largest difference"):
         certificate._check("logits", figures, EXACT)
+
+
+def test_the_trained_model_is_let_go_before_the_export_is_loaded(tmp_path):
+    """Else the whole would need the memory of two."""
+    made = loaded_of(MODELS["llama"])
+    made = [dataclasses.replace(made, trained=nnx.clone(made.trained))]
+    alive = [weakref.ref(x) for x in jax.tree.leaves(params(made[0].trained))]
+    exporter = hf.make(**QUIET)
+    load_back, seen = exporter.load_back, []
+
+    def watched(directory):
+        seen.extend(ref() is None for ref in alive)
+        return load_back(directory)
+
+    exporter.load_back = watched
+    export_certified(exporter, made.pop, tmp_path / "out", workdir=None, **QUIET)
+    assert all(seen)
+    assert len(seen) == 12

@@ -44,6 +44,7 @@ CASES = {
     "qwen3": ("qwen3", LLAMA | {"qk_norm": True, "head_dim": 16, "rope_scaling": LINEAR}),
     "qwen3_moe": ("qwen3moe", {"num_kv_heads": 2, "head_dim": 16, "qk_norm": True, "experts": NORMALIZED}),
     "gemma2": ("gemma2", GEMMA2),
+    "gemma2_27b": ("gemma2", GEMMA2 | {"num_layers": 46}),
     "gemma3": ("gemma3", GEMMA3 | {"attention_scale": 20**-0.5}),
     "gemma3_linear": ("gemma3", GEMMA3 | {"global_every": None, "rope_scaling": LINEAR}),
     "olmo2": (
