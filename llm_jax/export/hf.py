@@ -2,36 +2,38 @@
 
 What they hold is said by one table per model family, `llm_jax/models/<family>/hf.py`; models/hf_folder.py
 reads them. What is unusual: an export is read back and compared bit for bit before it gets its name, so a
-folder that exists is whole and right; and writing holds no more than the model and one file's worth of
-tensors. Neither torch nor transformers is needed.
+folder that exists is whole and right; and writing and comparing hold no more than the model and a tensor.
+Neither torch nor transformers is needed.
 """
 
 import dataclasses
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
 from llm_jax.core.types import Model, Tokenizer
+from llm_jax.export.certificate import EXACT
+from llm_jax.export.folder import new_folder
+from llm_jax.export.probes import Forward, forward_of, host
+from llm_jax.export.safetensors_file import Item, Spec, write_folder
+from llm_jax.export.slabs import slabs
 from llm_jax.models.hf_folder import Source, families, load, load_config, load_params
 from llm_jax.models.hf_table import Entry, Family, Plan
-from llm_jax.models.hf_tensors import INDEX, SINGLE, Tensors
+from llm_jax.models.hf_tensors import Tensors
 from llm_jax.sharding.rules import path_name
 from llm_jax.training.config import RunConfig, check_vocabulary
 
 __all__ = ["Config", "HuggingFaceExporter", "load", "load_config", "load_params", "make"]
 
-_Params = Mapping[str, np.ndarray]  # by dotted path
+Params = Mapping[str, np.ndarray]  # by dotted path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Config:
 
 class HuggingFaceExporter:
     """An Exporter for `transformers`: 5.x, and the later 4.x."""
+
+    tolerances = EXACT
+    claims = ("every tensor reads back bit for bit",)
+    library = "transformers"
 
     def __init__(self, config: Config, *, say: Callable[[str], None] = print):
         self.config, self._say = config, say
@@ -62,30 +68,34 @@ class HuggingFaceExporter:
             has more ids than the model.
           RunError: what was written does not read back as it was.
         """
-        directory = Path(directory).resolve()
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise ConfigError(f"{directory} is there and not empty: choose another folder")
-        if not hasattr(tokenizer, "save_huggingface"):
-            raise ConfigError(f"{type(tokenizer).__name__} cannot be written for Hugging Face")
-        check_vocabulary(config, tokenizer.vocab_size)
-        family = _family(config.model.name)
-        temporary = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-        try:
-            temporary.mkdir(parents=True)
-            tokenizer.save_huggingface(temporary)
-            _write_configs(temporary, family, config.model, tokenizer)
-            params = jax.device_get(_params(model))
-            shapes = {path: x.shape for path, x in params.items()}
-            architecture = family.architecture_for(config.model)
-            plan = Plan.of(architecture, family.sizes(config.model), shapes)
-            files = _write_tensors(temporary, plan, params, self.config.shard_bytes)
-            _verify(temporary, family, plan, params, config.model)
-            os.replace(temporary, directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(directory) as folder:
+            if not hasattr(tokenizer, "save_huggingface"):
+                raise ConfigError(f"{type(tokenizer).__name__} cannot be written for Hugging Face")
+            check_vocabulary(config, tokenizer.vocab_size)
+            family = family_of(config.model.name)
+            tokenizer.save_huggingface(folder)
+            write_configs(folder, family, config.model, tokenizer)
+            params = params_of(model)
+            plan = plan_of(family, config.model, params)
+            items = items_of(plan, params)
+            files = write_folder(folder, items, self.config.shard_bytes)
+            _verify(folder, family, plan, params, config.model)
         count = sum(math.prod(entry.shape) for entry in plan.entries)
         self._say(f"verified: {count:,} parameters in {files} file(s), read back bit for bit")
-        return directory
+        return Path(directory).resolve()
+
+    def load_back(self, directory: Path) -> Forward:
+        return forward_of(load(directory, device=host())[0])
+
+    def usage(self, directory: Path, name: str) -> str:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        cls = config["architectures"][0]
+        return (
+            f"```python\nfrom transformers import AutoTokenizer, {cls}\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+            f'model = {cls}.from_pretrained("{name}")\n```\n\n'
+            f"To train on from it with llm_jax: `--config.init_from=hf:{name}`.\n"
+        )
 
 
 def make(
@@ -94,7 +104,7 @@ def make(
     return HuggingFaceExporter(config or Config(), say=say)
 
 
-def _family(name: str) -> Family:
+def family_of(name: str) -> Family:
     if name not in families():
         raise ConfigError(
             f"model {name!r} has no Hugging Face format; models with one: {', '.join(families())}"
@@ -102,15 +112,24 @@ def _family(name: str) -> Family:
     return families()[name]
 
 
-def _params(model: Model) -> dict[str, jax.Array]:
-    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+def params_of(model: Model) -> dict[str, np.ndarray]:
+    """By dotted path, on the host: views, where they are there already."""
+    state = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def _write_configs(directory: Path, family: Family, config: Any, tokenizer: Tokenizer) -> None:
+def plan_of(family: Family, config: Any, params: Params) -> Plan:
+    shapes = {path: x.shape for path, x in params.items()}
+    return Plan.of(family.architecture_for(config), family.sizes(config), shapes)
+
+
+def write_configs(
+    directory: Path, family: Family, config: Any, tokenizer: Tokenizer, **keys: Any
+) -> None:
+    """config.json, with these keys besides, and generation_config.json."""
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     content = family.hf_config(config, **{f"{role}_id": i for role, i in ids.items()})
-    _write_json(directory / "config.json", content)
+    _write_json(directory / "config.json", content | keys)
     generation = {f"{role}_token_id": i for role, i in ids.items()}
     if "decoder_start_token_id" in content:
         generation["decoder_start_token_id"] = content["decoder_start_token_id"]
@@ -121,39 +140,17 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tensors(directory: Path, plan: Plan, params: _Params, limit: int) -> int:
-    """Writes the parameters, one file at a time; returns the number of files."""
-    shards = _shards(plan.entries, limit)
-    index: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        name = SINGLE if len(shards) == 1 else name
-        tensors = {entry.name: plan.to_hf(entry, params) for entry in shard}
-        save_file(tensors, directory / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, name)
-    if len(shards) > 1:
-        size = sum(map(_num_bytes, plan.entries))
-        _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
-    return len(shards)
+def items_of(plan: Plan, params: Params) -> list[Item]:
+    """What the files hold, each tensor made when it is its turn."""
+
+    def item(entry: Entry) -> Item:
+        make = lambda: (plan.to_hf(entry, params) for _ in range(1))  # noqa: E731
+        return Item((Spec(entry.name, "F32", entry.shape),), make)
+
+    return [item(entry) for entry in plan.entries]
 
 
-def _num_bytes(entry: Entry) -> int:
-    return 4 * math.prod(entry.shape)
-
-
-def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if shards[-1] and size + _num_bytes(entry) > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += _num_bytes(entry)
-    return shards
-
-
-def _verify(directory: Path, family: Family, plan: Plan, params: _Params, config: Any) -> None:
+def _verify(directory: Path, family: Family, plan: Plan, params: Params, config: Any) -> None:
     """Raises RunError unless the folder reads back as the model that was written."""
     source = Source.of(directory)
     differences = family.differences(plan.architecture, config, source.config)
@@ -162,10 +159,12 @@ def _verify(directory: Path, family: Family, plan: Plan, params: _Params, config
     tensors = Tensors(directory, plan)
     tensors.check()
     for entry in plan.entries:
-        for path, array in plan.from_hf(entry, tensors.read(entry.name)).items():
-            written = np.asarray(params[path][entry.index])
-            if written.dtype != np.float32 or not np.array_equal(
-                np.ascontiguousarray(written).view(np.uint32),
-                np.ascontiguousarray(array).view(np.uint32),
+        at = 0
+        for slab in slabs(plan.to_hf(entry, params)):
+            found = tensors.stretch(entry.name, at, slab.size)
+            # As bits, so that a NaN is equal to itself.
+            if slab.dtype != np.float32 or not np.array_equal(
+                found.view(np.uint32), slab.reshape(-1).view(np.uint32)
             ):
-                raise RunError(f"the export's {path} does not read back as it was")
+                raise RunError(f"the export's {entry.name} does not read back as it was")
+            at += slab.size

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,60 @@ from llm_jax.models.hf_tensors import Tensors
 from llm_jax.nn.precision import ComputeDtype, Precision
 
 
-def load(directory: Path, *, compute_dtype: ComputeDtype = "float32") -> tuple[Model, Any]:
+def load(
+    directory: Path,
+    *,
+    compute_dtype: ComputeDtype = "float32",
+    device: jax.Device | None = None,
+) -> tuple[Model, Any]:
     """(model, its Config) of a folder with config.json and safetensors, e.g. a download of GPT-2.
 
-    Parameters become float32 on the default device, whatever they are stored in.
+    Parameters become float32, whatever they are stored in.
+
+    Args:
+      device: where they go; None: the default one.
 
     Raises:
       ConfigError: an architecture or option that we cannot compute; no safetensors; tensors that
         are missing, extra or misshapen, with their names.
     """
     source = Source.of(directory)
-    precision = Precision.on(jax.default_backend(), compute_dtype)
-    graphdef, params, extra = _abstract(source.config, precision)
+
+    def reader(plan: Plan) -> Callable[[str], np.ndarray]:
+        tensors = Tensors(source.directory, plan)
+        tensors.check()
+        return tensors.read
+
+    model = build(
+        source.family, source.architecture, source.config, reader,
+        compute_dtype=compute_dtype, device=device,
+    )  # fmt: skip
+    return model, source.config
+
+
+def build(
+    family: Family,
+    architecture: Architecture,
+    config: Any,
+    reader: Callable[[Plan], Callable[[str], np.ndarray]],
+    *,
+    compute_dtype: ComputeDtype = "float32",
+    device: jax.Device | None = None,
+) -> Model:
+    """The model of this config with the tensors that `reader(plan)` gives by their Hugging Face names.
+
+    Args:
+      reader: what it returns is asked for every tensor of the plan once, in turn.
+      device: where parameters go; None: the default one.
+    """
+    device = device or jnp.zeros(()).device
+    precision = Precision.on(device.platform, compute_dtype)
+    graphdef, params, extra = _abstract(config, precision)
     shapes = _shapes(params)
-    device = SingleDeviceSharding(jnp.zeros(()).device)
-    plan = Plan.of(source.architecture, source.family.sizes(source.config), shapes)
-    arrays = _read(source.directory, plan, dict.fromkeys(shapes, device), fresh_heads=False)
-    return nnx.merge(graphdef, nnx.State(unflatten_dict(arrays, sep=".")), extra), source.config
+    plan = Plan.of(architecture, family.sizes(config), shapes)
+    places = dict.fromkeys(shapes, SingleDeviceSharding(device))
+    arrays = _assembled(plan, places, reader(plan), plan.entries)
+    return nnx.merge(graphdef, nnx.State(unflatten_dict(arrays, sep=".")), extra)
 
 
 def load_config(directory: Path) -> Any:
@@ -78,7 +115,10 @@ def load_params(directory: Path, config: Any, shardings: Mapping[str, Any]) -> d
     architecture = source.architecture_for(config)
     plan = Plan.of(architecture, source.family.sizes(config), _shapes(params))
     places = flatten_dict(shardings, sep=".")
-    return unflatten_dict(_read(source.directory, plan, places, fresh_heads=True), sep=".")
+    tensors = Tensors(source.directory, plan)
+    absent = tensors.check(fresh_heads=True)
+    entries = [entry for entry in plan.entries if entry.name not in absent]
+    return unflatten_dict(_assembled(plan, places, tensors.read, entries), sep=".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +142,19 @@ class Source:
             raise ConfigError(f"{path} is no JSON: {error}") from None
         if not isinstance(content, dict):
             raise ConfigError(f"{path} holds {type(content).__name__}, not keys and values")
+        return cls.of_content(directory, content)
+
+    @classmethod
+    def of_content(cls, directory: Path, content: Mapping[str, Any]) -> "Source":
+        """The same of a config.json that has been read."""
         for family in families().values():
             if content.get("model_type") in family.model_types:
                 config = family.config_from_hf(content)
                 return cls(directory, family, family.architecture_of(content), config)
         choices = ", ".join(name for f in families().values() for name in f.model_types)
         raise ConfigError(
-            f"{path}: model_type {content.get('model_type')!r} cannot be read; choices: {choices}"
+            f"{directory / 'config.json'}: model_type {content.get('model_type')!r} cannot be read; "
+            f"choices: {choices}"
         )
 
     def architecture_for(self, config: Any) -> Architecture:
@@ -151,21 +197,21 @@ def _shapes(params: nnx.State) -> dict[str, tuple[int, ...]]:
     return {k: x.shape for k, x in flatten_dict(nnx.to_pure_dict(params), sep=".").items()}
 
 
-def _read(
-    directory: Path, plan: Plan, places: Mapping[str, Sharding], *, fresh_heads: bool
+def _assembled(
+    plan: Plan,
+    places: Mapping[str, Sharding],
+    read: Callable[[str], np.ndarray],
+    entries: Iterable[Entry],
 ) -> dict[str, jax.Array]:
-    """Our parameters by dotted path; with `fresh_heads` less heads that the folder lacks."""
-    tensors = Tensors(directory, plan)
-    absent = tensors.check(fresh_heads=fresh_heads)
+    """Our parameters by dotted path, of these entries' tensors."""
     by_row: dict[Row, list[Entry]] = {}
-    for entry in plan.entries:
-        if entry.name not in absent:
-            by_row.setdefault(entry.row, []).append(entry)
+    for entry in entries:
+        by_row.setdefault(entry.row, []).append(entry)
     arrays: dict[str, jax.Array] = {}
-    for row, entries in by_row.items():
+    for row, of_row in by_row.items():
         pieces = {p: _Pieces(plan.shapes[p], places[p]) for p in row.paths.split()}
-        for entry in entries:
-            for path, part in plan.from_hf(entry, tensors.read(entry.name)).items():
+        for entry in of_row:
+            for path, part in plan.from_hf(entry, read(entry.name)).items():
                 pieces[path].put(entry.index, part)
         arrays |= {path: piece.array() for path, piece in pieces.items()}
     return arrays

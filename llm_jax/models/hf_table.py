@@ -47,12 +47,12 @@ class Row:
         return _shape(self._theirs, sizes)
 
     def to_hf(self, parts: Sequence[np.ndarray], sizes: Sizes) -> np.ndarray:
-        """One layer's (and expert's) arrays of `paths` as the Hugging Face tensor, contiguous."""
+        """One layer's (and expert's) arrays of `paths` as the Hugging Face tensor; a view, where it can be."""
         x = np.stack(parts) if len(parts) > 1 else parts[0]
         ours, theirs = _letters(self._ours), _letters(self._theirs)
         x = x.reshape([sizes[letter] for letter in ours])
         x = x.transpose([ours.index(letter) for letter in theirs])
-        return np.ascontiguousarray(x.reshape(self.shape(sizes)))
+        return x.reshape(self.shape(sizes))
 
     def from_hf(self, tensor: np.ndarray, sizes: Sizes) -> list[np.ndarray]:
         """The inverse of `to_hf`; views of `tensor`, where it can be."""
@@ -115,6 +115,7 @@ class Architecture:
     copies: names of tensors that may lie beside the one they are tied to, and that one's name. They
       must be equal; one that is a parameter of its own, since the config does not tie it, is none.
     applies: to which contents of config.json, among architectures of one class.
+    inputs_first: pattern of the names of matrices that are stored [in, out]; the others are [out, in].
     heads: names, with the prefix, of what other classes of the same model_type have on top: passed
       over where our model lacks it, and left to be initialized where the checkpoint lacks it.
     """
@@ -133,6 +134,7 @@ class Architecture:
     renames: tuple[tuple[str, str], ...] = ()
     skipped: str | None = None
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    inputs_first: str | None = None
     heads: str | None = None
     applies: Callable[[Mapping[str, Any]], bool] = lambda content: True
 
@@ -275,7 +277,7 @@ class Family:
         for group in architecture.groups:
             values |= group.read(content, values)
         values = {**architecture.fixed_values(values), **values}
-        return parse(self.config, _nested(values), "config.json")
+        return parse(self.config, nested(values), "config.json")
 
     def differences(self, architecture: Architecture, wanted: Any, found: Any) -> dict[str, tuple]:
         """Fields by which two configs compute different things, with both values."""
@@ -299,7 +301,7 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for path, value in values.items():
         *sections, name = path.split(".")

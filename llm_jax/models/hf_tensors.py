@@ -78,6 +78,10 @@ class Tensors:
         stored = self._found[name]
         return stored.numbers().reshape(stored.shape)
 
+    def stretch(self, name: str, first: int, count: int) -> np.ndarray:
+        """`count` of its numbers, flat."""
+        return self._found[name].numbers(first, count)
+
     def check(self, *, fresh_heads: bool = False) -> set[str]:
         """Names of the plan that are not there; with `fresh_heads` heads may be.
 

@@ -53,6 +53,8 @@ class RelativeBias(nnx.Module):
         One value per distance is looked up, then laid out by slicing a repetition of that row: the
         derivative of a gather of all T * S would be a scatter.
         """
+        if not isinstance(num_queries, int):  # a symbol of jax.export, by which nothing can be cut
+            return self.after(jnp.int32(0), num_queries, num_keys)
         distances = jnp.arange(num_keys + num_queries) - (num_queries - 1)
         row = self._of(distances).T  # [N, T + S]
         length = row.shape[1]

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from llm_jax.core.config import ConfigError, component
 from llm_jax.core.flags import RunError
 from llm_jax.data.tokenizers import raw_bytes
-from llm_jax.export import hf
+from llm_jax.export import hf, safetensors_file
 from llm_jax.models.gpt import Config, make
+from llm_jax.models.hf_tensors import INDEX, SINGLE
 from llm_jax.nn.precision import Precision
 from llm_jax.nn.transformer import unstack
 from llm_jax.training.config import resolve
@@ -65,8 +66,8 @@ def export(fields, out, *, say=lambda text: None, **options):
 
 
 def rewrite(folder, change):
-    tensors = load_file(folder / hf.SINGLE)
-    save_file(change(tensors), folder / hf.SINGLE)
+    tensors = load_file(folder / SINGLE)
+    save_file(change(tensors), folder / SINGLE)
 
 
 def test_an_export_is_a_whole_folder(tmp_path):
@@ -78,7 +79,7 @@ def test_an_export_is_a_whole_folder(tmp_path):
         "tokenizer_config.json",
     }  # fmt: skip
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-    with safe_open(tmp_path / "deep" / "out" / hf.SINGLE, framework="np") as file:
+    with safe_open(tmp_path / "deep" / "out" / SINGLE, framework="np") as file:
         assert file.metadata() == {"format": "pt"}
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (safe_open is no mapping)
     assert len(said) == 1
@@ -90,14 +91,14 @@ def test_an_export_is_a_whole_folder(tmp_path):
 def test_shards_keep_to_their_limit_and_hold_the_same_tensors(tmp_path):
     model = export(LLAMA, tmp_path / "one")
     export(LLAMA, tmp_path / "many", shard_bytes=20_000)
-    index = json.loads((tmp_path / "many" / hf.INDEX).read_text())
+    index = json.loads((tmp_path / "many" / INDEX).read_text())
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     parts = {path.name: load_file(path) for path in files}
     for part in parts.values():
         assert len(part) == 1 or sum(x.nbytes for x in part.values()) <= 20_000
-    whole = load_file(tmp_path / "one" / hf.SINGLE)
+    whole = load_file(tmp_path / "one" / SINGLE)
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
     assert index["weight_map"].keys() == whole.keys()
     for name, file in index["weight_map"].items():
@@ -116,12 +117,16 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 
 def test_an_export_that_reads_back_wrong_gets_no_name(tmp_path, monkeypatch):
-    def save_with_a_flipped_bit(tensors, path, **options):
-        tensors["lm_head.weight"].view(np.uint8)[0, 0] ^= 1
-        save_file(tensors, path, **options)
+    write = safetensors_file.write_safetensors
 
-    monkeypatch.setattr(hf, "save_file", save_with_a_flipped_bit)
-    with pytest.raises(RunError, match="head does not read back"):
+    def with_a_flipped_bit(path, specs, tensors, metadata):
+        write(path, specs, tensors, metadata)
+        content = load_file(path)
+        content["lm_head.weight"].view(np.uint8)[0, 0] ^= 1
+        save_file(content, path)
+
+    monkeypatch.setattr(safetensors_file, "write_safetensors", with_a_flipped_bit)
+    with pytest.raises(RunError, match=r"lm_head\.weight does not read back"):
         export(LLAMA, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -143,7 +148,7 @@ def test_a_nan_is_exported_as_it_is(tmp_path):
     model.embed[...] = model.embed[...].at[3, 5].set(np.nan)
     tokenizer = raw_bytes.make(raw_bytes.Config())
     hf.make(say=lambda text: None).export(model, tokenizer, run_of(LLAMA), tmp_path / "out")
-    assert np.isnan(load_file(tmp_path / "out" / hf.SINGLE)["model.embed_tokens.weight"][3, 5])
+    assert np.isnan(load_file(tmp_path / "out" / SINGLE)["model.embed_tokens.weight"][3, 5])
 
 
 def test_what_cannot_be_exported_says_so_before_anything_is_written(tmp_path):
@@ -231,10 +236,10 @@ def test_folders_that_are_no_models_say_what_they_lack(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ConfigError, match=r"no model\.safetensors"):
         hf.load(tmp_path)
-    (tmp_path / hf.SINGLE).write_bytes(b"no header")
+    (tmp_path / SINGLE).write_bytes(b"no header")
     with pytest.raises(ConfigError, match="cannot be read"):
         hf.load(tmp_path)
-    (tmp_path / hf.INDEX).write_text('{"weight_map": {"wte.weight": "gone.safetensors"}}')
+    (tmp_path / INDEX).write_text('{"weight_map": {"wte.weight": "gone.safetensors"}}')
     with pytest.raises(ConfigError, match=r"lacks gone\.safetensors"):
         hf.load(tmp_path)
 

@@ -101,6 +101,7 @@ GPT2 = Architecture(
     prefix="transformer.",
     skipped=r"h\.\d+\.attn\.(bias|masked_bias)",
     copies={"lm_head.weight": "transformer.wte.weight"},
+    inputs_first=r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+\.weight",  # its Conv1D
     tensors=(
         Row("embed", "V D", "transformer.wte.weight", "V D"),
         Row("position_embed", "T D", "transformer.wpe.weight", "T D"),

@@ -52,7 +52,7 @@ def choose(
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      length: T of a whole row, in `context_shares` shares.
+      length: T of a whole row, in `context_shares` shares; a symbol of jax.export for "reference" only.
 
     Raises:
       ValueError: a kernel that cannot run here: why, which can, and which of them is the fastest.
@@ -64,6 +64,8 @@ def choose(
             f"attention kernel {kernel!r}{nearest(kernel, _KERNELS)}; "
             f"choices: auto, {', '.join(_KERNELS)}"
         )
+    if kernel == "reference":  # runs everywhere; the length may be a symbol then
+        return kernel
     obstacles = {
         "splash": _splash_obstacle(platform, length, head_dim, compute_dtype, context_shares),
         "cudnn": _cudnn_obstacle(platform, spec, length, head_dim, compute_dtype, context_shares),
