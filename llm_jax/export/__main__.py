@@ -36,7 +36,10 @@ def main() -> None:
         mesh=None if device is None else make_mesh(MeshConfig(), [device]),
         compute_dtype="float32",
     )
-    path = export_certified(exporter, load, arguments.out, workdir=arguments.workdir)
+    # Where the run's data and scores are, if its folder of checkpoints was given.
+    workdir = arguments.workdir
+    workdir = workdir if (workdir / "checkpoints").is_dir() else workdir.parent
+    path = export_certified(exporter, load, arguments.out, workdir=workdir)
     print(f"exported to {path}")
 
 

@@ -81,7 +81,7 @@ def _facts(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{sum(x.size for x in arrays):,}"
     model = to_dict(run.model)
     names = ("embed_dim", "num_layers", "num_encoder_layers", "num_decoder_layers", "num_heads",
-             "num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "max_length")  # fmt: skip
+             "num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "max_length", "num_positions")  # fmt: skip
     sizes = ", ".join(f"{name} {model[name]}" for name in names if model.get(name) is not None)
     yield "model", f"{run.model.name}: {sizes}"
     if model.get("experts"):

@@ -7,6 +7,7 @@ many of them are padding.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from llm_jax.sharding.rules import path_name
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 Arrays = dict[str, jax.Array]
-Layers = dict[str, list[jax.Array]]  # "keys" and "values": of each layer [B, K, S, H]
+Layers = dict[str, list[jax.Array]]  # "keys" and "values", of each layer [..., S, H]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +105,17 @@ class Functions:
         leaves = [params[name] for name in self.params]
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
-    def _layers(self, num_layers: int, heads: int, sizes: Mapping[str, Any], length: str) -> Any:
-        """Shapes of a cache."""
-        shape = (sizes["B"], heads, sizes.get(length), self.config.head_dim)
+    def cache_shape(self, batch_size: Any, capacity: Any) -> tuple[Any, ...]:
+        """Of the keys of a layer, and of its values."""
+        config = self.config
+        make = functools.partial(
+            KVCache.empty, num_layers=1, batch_size=batch_size, max_length=capacity,
+            num_kv_heads=getattr(config, "num_kv_heads", config.num_heads),
+            head_dim=config.head_dim, dtype=self.precision.dtype,
+        )  # fmt: skip
+        return jax.eval_shape(make).keys[0].shape
+
+    def _layers(self, num_layers: int, shape: tuple[Any, ...]) -> dict[str, Any]:
         each = [jax.ShapeDtypeStruct(shape, self.precision.dtype)] * num_layers
         return {"keys": each, "values": each}
 
@@ -136,7 +145,7 @@ class Decoder(Functions):
             "token": _int32(b),
             "padding": _int32(b),
             "length": _int32(),
-            "cache": self._layers(config.num_layers, config.num_kv_heads, sizes, "C"),
+            "cache": self._layers(config.num_layers, self.cache_shape(b, sizes.get("C", 1))),
         }
 
     def forward(self, params: Arrays, tokens: jax.Array) -> jax.Array:
@@ -159,7 +168,7 @@ class Decoder(Functions):
         return self._step(params, token[:, None], places, padding, length, cache)
 
     def _step(self, params, tokens, places: Places, padding, length, cache: Layers):
-        held = _places(_all(cache["keys"][0].shape[2]), padding, length)
+        held = _places(_all(cache["keys"][0].shape[-2]), padding, length)
         state = KVCache(tuple(cache["keys"]), tuple(cache["values"]), held, length)
         batch = {"tokens": tokens, "positions": places.positions, "segment_ids": places.segment_ids}
         out = self._model(params)(batch, cache=state)
@@ -195,15 +204,18 @@ class EncoderDecoder(Functions):
         }
 
     def shapes(self, sizes: Mapping[str, Any]) -> dict[str, Any]:
-        b, layers, heads = sizes["B"], self.config.num_decoder_layers, self.config.num_heads
+        config, b = self.config, sizes["B"]
+        seen = (b, config.num_heads, sizes.get("S", 1), config.head_dim)
         return {
             "encoder_tokens": _int32(b, sizes.get("S")),
             "encoder_length": _int32(b),
             "tokens": _int32(b, sizes.get("T")),
             "token": _int32(b),
             "length": _int32(),
-            "memory": self._layers(layers, heads, sizes, "S"),
-            "cache": self._layers(layers, heads, sizes, "C"),
+            "memory": self._layers(config.num_decoder_layers, seen),
+            "cache": self._layers(
+                config.num_decoder_layers, self.cache_shape(b, sizes.get("C", 1))
+            ),
         }
 
     def forward(
@@ -242,11 +254,11 @@ class EncoderDecoder(Functions):
         state = KVCache(
             tuple(cache["keys"]),
             tuple(cache["values"]),
-            _places(_all(cache["keys"][0].shape[2]), none, length),
+            _places(_all(cache["keys"][0].shape[-2]), none, length),
             length,
             tuple(memory["keys"]),
             tuple(memory["values"]),
-            _right_padded(encoder_length, memory["keys"][0].shape[2]),
+            _right_padded(encoder_length, memory["keys"][0].shape[-2]),
         )
         places = _places(length[None], none, length + 1)
         batch = {"positions": places.positions, "segment_ids": places.segment_ids}

@@ -6,6 +6,7 @@ folder that exists is whole and right; and writing and comparing hold no more th
 Neither torch nor transformers is needed.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -34,6 +35,7 @@ from llm_jax.training.config import RunConfig, check_vocabulary
 __all__ = ["Config", "HuggingFaceExporter", "load", "load_config", "load_params", "make"]
 
 Params = Mapping[str, np.ndarray]  # by dotted path
+_READERS = 2  # threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +160,20 @@ def _verify(directory: Path, family: Family, plan: Plan, params: Params, config:
         raise RunError(f"the export's config.json reads back otherwise: {differences}")
     tensors = Tensors(directory, plan)
     tensors.check()
-    for entry in plan.entries:
+
+    def differs(entry: Entry) -> bool:
         at = 0
         for slab in slabs(plan.to_hf(entry, params)):
             found = tensors.stretch(entry.name, at, slab.size)
+            at += slab.size
             # As bits, so that a NaN is equal to itself.
             if slab.dtype != np.float32 or not np.array_equal(
                 found.view(np.uint32), slab.reshape(-1).view(np.uint32)
             ):
+                return True
+        return False
+
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        for entry, different in zip(plan.entries, pool.map(differs, plan.entries), strict=True):
+            if different:
                 raise RunError(f"the export's {entry.name} does not read back as it was")
-            at += slab.size

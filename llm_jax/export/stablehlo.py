@@ -90,7 +90,7 @@ class StableHloExporter:
             _write_parameters(folder / "model.safetensors", functions)
             words = self._vocabulary(tokenizer)
             outputs = [result["name"] for result in described["forward"]["results"]]
-            given = self._given(config.model, tokenizer, words, outputs)
+            given = self._given(functions, tokenizer, words, outputs)
             (folder / "run.py").write_text(compose("stablehlo_run", given), encoding="utf-8")
             if words is not None and words.tensors:
                 _write_vocabulary(folder / "vocabulary.safetensors", words)
@@ -105,9 +105,14 @@ class StableHloExporter:
             return None
 
     def _given(
-        self, config: Any, tokenizer: Tokenizer, words: Vocabulary | None, outputs: Sequence[str]
+        self,
+        functions: Functions,
+        tokenizer: Tokenizer,
+        words: Vocabulary | None,
+        outputs: Sequence[str],
     ) -> dict[str, Any]:
         """What the template of run.py asks."""
+        config = functions.config
         given: dict[str, Any] = {
             "tokenizer": words is not None,
             "platforms": ", ".join(PLATFORMS[:-1]) + f" and {PLATFORMS[-1]}",
@@ -124,9 +129,13 @@ class StableHloExporter:
         }
         if config.name != "bert":
             layers = "num_layers" if config.name == "gpt" else "num_decoder_layers"
-            heads = "num_kv_heads" if config.name == "gpt" else "num_heads"
-            given |= {"num_layers": getattr(config, layers), "head_dim": config.head_dim}
-            given["num_kv_heads"] = getattr(config, heads)
+            shape = functions.cache_shape(*jax.export.symbolic_shape("batch_size, room"))
+            letters = functions.cache_shape(*jax.export.symbolic_shape("B, C"))
+            given |= {
+                "num_layers": getattr(config, layers),
+                "cache_shape": ", ".join(map(str, shape)),
+                "cache_letters": ", ".join(map(str, letters)),
+            }
         return given | (words.given if words else NO_TOKENIZER)
 
     def load_back(self, directory: Path) -> Forward:

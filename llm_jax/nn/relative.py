@@ -54,7 +54,8 @@ class RelativeBias(nnx.Module):
         derivative of a gather of all T * S would be a scatter.
         """
         if not isinstance(num_queries, int):  # a symbol of jax.export, by which nothing can be cut
-            return self.after(jnp.int32(0), num_queries, num_keys)
+            distances = jnp.arange(num_keys) - jnp.arange(num_queries)[:, None]
+            return jnp.moveaxis(self._of(distances), -1, 0)
         distances = jnp.arange(num_keys + num_queries) - (num_queries - 1)
         row = self._of(distances).T  # [N, T + S]
         length = row.shape[1]

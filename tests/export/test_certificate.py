@@ -110,6 +110,14 @@ def test_an_answer_that_is_no_number_holds_nothing(tmp_path, monkeypatch):
         certified(exporter, loaded("llama"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("answer", [{}, {"logits": np.zeros((1, 128, 7), np.float32)}])
+def test_an_answer_of_another_kind_is_none(tmp_path, monkeypatch, answer):
+    exporter = hf.make(**QUIET)
+    monkeypatch.setattr(exporter, "load_back", lambda folder: lambda batch: answer)
+    with pytest.raises(RunError, match="does not compute logits"):
+        certified(exporter, loaded("llama"), tmp_path / "out")
+
+
 def test_rows_where_the_trained_model_is_not_finite_are_left_out(tmp_path):
     it = loaded_of(MODELS["llama"])
     tokens = probes_for(it.model, it.run, it.tokenizer, None).inputs["tokens"]

@@ -38,7 +38,7 @@ BYTES = raw_bytes.make(raw_bytes.Config())
 QUIET = {"say": lambda text: None}
 FEW = ("gemma3",)
 COMPILE = """
-import sys
+import runpy, sys
 import jax, numpy as np
 from jax.experimental import topologies
 from safetensors.numpy import load_file
@@ -48,8 +48,7 @@ here = jax.sharding.SingleDeviceSharding(device)
 shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
 params = jax.tree.map(shape, load_file(sys.argv[1] + "/model.safetensors"))
 int32 = lambda *dims: shape(np.zeros(dims, np.int32))
-keys = [shape(np.zeros((3, 2, 40, 16), np.float32))] * 2
-cache = {"keys": keys, "values": keys}
+cache = jax.tree.map(shape, runpy.run_path(sys.argv[1] + "/run.py")["empty_cache"](3, 40))
 for name, rest in {
     "forward": (int32(3, 9),),
     "prefill": (int32(3, 9), int32(3), cache),
@@ -130,7 +129,7 @@ def test_prompts_of_different_lengths_go_on_as_in_the_engine(exported):
         assert tuple(row[: len(completion.tokens)]) == completion.tokens
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_one_artefact_of_plain_operations_is_for_all_platforms_and_sizes(exported, name):
     _, folder = exported(name)
     for function, symbols in {"forward": "BT", "prefill": "BTC", "decode": "BC"}.items():
@@ -140,8 +139,8 @@ def test_one_artefact_of_plain_operations_is_for_all_platforms_and_sizes(exporte
         # What binds to a platform is a custom call; those below are checks of sizes and shardings.
         calls = set(re.findall(r"custom_call @(\w+)", found.mlir_module()))
         assert calls <= {"shape_assertion", "Sharding"}
-        sizes = {str(n) for x in found.in_avals for n in x.shape if not isinstance(n, int)}
-        assert sizes == set(symbols)
+        sizes = " ".join(str(n) for x in found.in_avals for n in x.shape)
+        assert set(re.findall(r"[A-Z]", sizes)) == set(symbols)
         assert (
             found.calling_convention_version
             <= jax.export.maximum_supported_calling_convention_version
@@ -239,9 +238,12 @@ def test_what_is_written_is_clean(tmp_path):
     cases = [(kind, config_of("gpt2"), tokenizer) for kind, tokenizer in tokenizers.items()]
     cases += [(f"{name}_ids", config, None) for name, config in OTHERS.items()]
     cases += [(name, config, tokenizers["bpe"]) for name, config in OTHERS.items()]
+    made = {}
     for name, config, tokenizer in cases:
         words = tokenizer and vocabulary(tokenizer)
-        text = compose("stablehlo_run", exporter._given(config, BYTES, words, ["logits"]))
+        if config not in made:
+            made[config] = functions.FAMILIES[config.name](loaded_of(config).model, "float32")
+        text = compose("stablehlo_run", exporter._given(made[config], BYTES, words, ["logits"]))
         ast.parse(text, feature_version=(3, 11))
         (tmp_path / f"{name}.py").write_text(text)
     for command in (["check"], ["format", "--check", "--diff"]):
@@ -264,21 +266,25 @@ OTHERS = {
     "answers": bert.Config(**ENCODER, num_positions=40, head="question_answering"),
     "sentences": MODELS["sentences"],
 }
-OTHERS_FEW = ("t5", "bert")
+OTHERS_FEW = ("t5",)
 
 
 @pytest.mark.parametrize("name", OTHERS_FEW)
 def test_models_with_encoders_are_certified(tmp_path, name):
     out = certified(stablehlo.make(**QUIET), loaded_of(OTHERS[name]), tmp_path / "out")
     content = json.loads((out / certificate.NAME).read_text())
-    assert content["figures"].keys() == {"bert": {"logits", "class_logits"}}.get(name, {"logits"})
+    assert content["figures"].keys() == {"logits"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(OTHERS) - set(OTHERS_FEW)))
 def test_other_models_with_encoders_are_certified(tmp_path, name):
     out = certified(stablehlo.make(**QUIET), loaded_of(OTHERS[name]), tmp_path / "out")
-    certificate.verify(out)
+    figures = certificate.verify(out)["figures"].keys()
+    several = {
+        "bert": {"logits", "class_logits"}, "bert_classes": {"class_logits"}, "sentences": {"hidden"},
+    }  # fmt: skip
+    assert figures == several.get(name, {"logits"})
 
 
 @pytest.mark.slow

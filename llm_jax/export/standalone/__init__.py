@@ -1,6 +1,7 @@
 """Files that an export carries and that need no llm_jax: composed from the templates beside this one.
 
-A template is Python, formatted and linted as all else, with lines that begin with `#:`:
+A template is Python with all alternatives beside each other, and lines that begin with `#:`; tests lint and
+format what is composed of it:
 
     #: begin          the file begins behind this line
     #: if EXPRESSION  ... #: elif EXPRESSION ... #: else ... #: end

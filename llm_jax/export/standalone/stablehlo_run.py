@@ -48,8 +48,8 @@ What is read is padded on the right: encoder_length counts the real tokens of ea
 written begins with the token START; length counts the tokens in the cache.
 #: end
 All of these are int32, logits float32. params are all arrays of model.safetensors by name. A cache is
-{"keys": [...], "values": [...]}, an array [B, K, C, H] for each layer. manifest.json says all of it
-for programs.
+{"keys": [...], "values": [...]}, for each layer an array [given.cache_letters]. manifest.json says
+all of it for programs.
 #: end
 """
 
@@ -82,7 +82,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 #: if not encoder
-NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = given.num_layers, given.num_kv_heads, given.head_dim
+NUM_LAYERS = given.num_layers
 #: end
 #: if decoder
 MAX_LENGTH = given.max_length  # tokens of prompt and answer together
@@ -132,7 +132,7 @@ def load_params():
 
 #: if not encoder
 def empty_cache(batch_size, room):
-    shape = (batch_size, NUM_KV_HEADS, room, HEAD_DIM)
+    shape = (given.cache_shape)
     zeros = lambda: [jnp.zeros(shape, "given.cache_dtype") for _ in range(NUM_LAYERS)]  # noqa: E731
     return {"keys": zeros(), "values": zeros()}
 
