@@ -140,11 +140,11 @@ def test_ids_of_an_engine_that_failed_mean_nothing_to_the_next():
         # Taken by the new engine, under the same id, before the loop knows that the old one failed.
         while FakeEngine.made < 2:
             time.sleep(0.001)
-        other = worker.submit([job(1, max_tokens=200)])
-        time.sleep(0.05)
+        other = worker.submit([job(1, max_tokens=5000)])
+        time.sleep(0.01)
         with pytest.raises(ApiError, match="the engine failed"):
             await read(failing)
-        assert len(await read(other)) == 200
+        assert len(await read(other)) == 5000
 
     run(test)
 
