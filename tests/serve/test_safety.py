@@ -342,7 +342,7 @@ def test_ctrl_c_twice_ends_at_once(chat_run):
         for _ in range(2):
             server.process.send_signal(signal.SIGINT)
             time.sleep(0.3)
-        server.process.wait(5)
+        assert server.process.wait(5) == 130
 
 
 @pytest.mark.slow
