@@ -61,13 +61,13 @@ class Batch:
     def wants_step(self) -> bool:
         return any(request.wants_step for request in self.running)
 
-    def insert(self, group: Prefill | Encoded) -> None:
-        """Gives each request of the group a row."""
+    def insert(self, group: Prefill | Encoded, *, expected: int) -> None:
+        """Gives each request of the group a row, and makes room for those `expected` next."""
         new = [(row, r) for row, r in enumerate(group.requests) if not r.over]
         if not new:
             return
         columns = {row: group.columns(row) for row, _ in new}
-        self._make_room(len(new), max(map(len, columns.values())), group.cache)
+        self._make_room(len(new), expected, max(map(len, columns.values())), group.cache)
         for source, request in new:
             row = self.requests.index(None)
             length = len(columns[source])
@@ -136,19 +136,19 @@ class Batch:
             found.append(Read(request, token, log_probability, best))
         return found
 
-    def _make_room(self, more: int, length: int, like: KVCache) -> None:
-        """Rows for `more` requests, and places for `length` tokens and one more."""
+    def _make_room(self, more: int, expected: int, length: int, like: KVCache) -> None:
+        """Rows for `more` requests and soon others, and places for `length` tokens and one more."""
         live = self.running
         memory = _memory_length(like)
         if not live:
-            rows = power_of_two(more)
+            rows = power_of_two(more + expected)
             size = _ring_size(length + 1, rows)
             if self._cache is None or (size, rows) != (self._size, len(self.requests)):
                 self._cache = self._programs.emptied(like, rows, size, memory)
                 self._size, self._clock = size, 0
             self.requests, self._sources, self._rows = [None] * rows, [-1] * rows, None
         elif len(live) + more > len(self.requests):
-            self._take_rows(power_of_two(len(live) + more))
+            self._take_rows(power_of_two(len(live) + more + expected))
         if memory > _memory_length(self._cache):
             self._cache = self._programs.memory_grown(self._cache, memory)
         self._fit_ring(length + 1)

@@ -194,6 +194,8 @@ class Engine:
     def _admit(self) -> None:
         """Sends a piece of the prompts that wait; where no text is held up by them, all that go in one piece."""
         held_up = self._batch.wants_step
+        if self._group is not None and all(request.over for request in self._group.requests):
+            self._group = None
         while self._group is not None or (self._waiting and self._free_slots()):
             if self._group is None:
                 self._group = self._next_group()
@@ -219,7 +221,8 @@ class Engine:
         )
 
     def _insert(self, group: Prefill | Encoded) -> None:
-        self._batch.insert(group)
+        expected = min(len(self._waiting), self._free_slots() - len(group.requests))
+        self._batch.insert(group, expected=expected)
         for row, request in enumerate(group.requests):
             self._prefix.save(group.cache, row, request.decoder[:-1], group.columns(row))
 

@@ -145,8 +145,8 @@ class KVCache:
 
         def moved(old, a):
             new = jnp.take(source.by_rows(a)[:, source_row], columns, axis=1)  # [K, S, H]
-            rows_first = jnp.swapaxes(self.by_rows(old), 0, 1)
-            return _merged(jnp.swapaxes(put(rows_first, new), 0, 1))
+            places = jnp.arange(len(new)) * self.num_rows + row
+            return old.at[places].set(new, unique_indices=True, indices_are_sorted=True)
 
         whole = lambda old, a: put(old, _padded(a, old.shape[old.ndim // 2])[source_row])  # noqa: E731
         places = Places(jnp.where(positions < 0, -1, 1), jnp.maximum(positions, 0))

@@ -29,7 +29,7 @@ NO_CHATS = (
 async def chat(service: Service, request: ChatRequest) -> Response:
     """Raises ApiError for what cannot be done, before anything of the answer is sent."""
     answer = _Answer(service, request)
-    reply = service.submit(answer.jobs)
+    reply = service.worker.submit(answer.jobs)
     try:
         await reply.accepted()
     except BaseException:

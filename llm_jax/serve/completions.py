@@ -28,7 +28,7 @@ DEFAULT_TOKENS = 16  # OpenAI's
 async def complete(service: Service, request: CompletionRequest) -> Response:
     """Raises ApiError for what cannot be done, before anything of the answer is sent."""
     answer = _Answer(service, request)
-    reply = service.submit(answer.jobs)
+    reply = service.worker.submit(answer.jobs)
     try:
         await reply.accepted()
         if request.echo:

@@ -40,7 +40,7 @@ async def generate(service: Service, request: PageRequest) -> Response:
         alternatives=min(NUM_ALTERNATIVES, service.vocabulary.size),
         stop_tokens=frozenset() if service.chats is None else service.chats.stop_tokens,
     )
-    reply = service.submit([job])
+    reply = service.worker.submit([job])
     try:
         await reply.accepted()
     except BaseException:

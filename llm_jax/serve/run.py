@@ -7,6 +7,7 @@ once. The port is taken before the model is loaded, so that a wrong one is known
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -61,14 +62,13 @@ async def run(service: Service, listening: socket.socket, say: Callable[[str], N
     )  # fmt: skip
     loop, draining = asyncio.get_running_loop(), []
 
-    def stop() -> None:
+    def stop(number: int) -> None:
         if draining:
-            server.force_exit = True
-            service.worker.refuse("the server has been stopped")
+            os._exit(128 + number)  # at once: a program that is being compiled would be waited for
         draining.append(asyncio.ensure_future(_drain(server, service)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     server.ready = lambda: say(f"serving {service.about.name} at http://{shown}:{port}")
@@ -82,7 +82,7 @@ async def run(service: Service, listening: socket.socket, say: Callable[[str], N
 async def _drain(server: "_Server", service: Service) -> None:
     service.worker.refuse("the server is stopping")
     # Not yet `should_exit`, with which connections close: a client that asks now is to be told.
-    await service.worker.drained(0 if server.force_exit else service.config.drain)
+    await service.worker.drained(service.config.drain)
     server.should_exit = True
 
 

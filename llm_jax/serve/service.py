@@ -7,7 +7,7 @@ from llm_jax.serve.errors import ApiError, shown
 from llm_jax.serve.insight import Insight
 from llm_jax.serve.settings import ServeConfig
 from llm_jax.serve.vocabulary import Vocabulary
-from llm_jax.serve.worker import Job, Reply, Worker
+from llm_jax.serve.worker import Worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,3 @@ class Service:
         if len(text) > most:
             message = f"{field} has {len(text)} characters: the model has places for {self.worker.max_length} tokens"
             raise ApiError(400, message, param=field, code="context_length_exceeded")
-
-    def submit(self, jobs: list[Job]) -> Reply:
-        return self.worker.submit(jobs)

@@ -72,7 +72,7 @@ def _warm_engine(served: Served, config: ServeConfig) -> Engine:
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where it is installed: half the time per token and stream."""
+    """uvloop's, where there is one."""
     if importlib.util.find_spec("uvloop") is None:
         return None
     import uvloop

@@ -282,7 +282,9 @@ class Worker:
 
     def _cancel(self, reply: Reply) -> None:
         for job in reply.jobs:
-            if self._jobs.pop(job.request_id, None) is not None:
+            # An engine that was made again counts from the start: the id may be another's by now.
+            if self._jobs.get(job.request_id, (None, None))[1] is job:
+                del self._jobs[job.request_id]
                 self.engine.cancel(job.request_id)
 
     def _step(self) -> None:

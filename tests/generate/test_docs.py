@@ -5,12 +5,14 @@ import shlex
 import sys
 from pathlib import Path
 
+import pytest
 from saved_run import save_run
 from tiny import run_config
 
 from llm_jax.generate import __main__ as entry
 
 
+@pytest.mark.slow
 def test_the_examples(tmp_path, monkeypatch, capsys):
     text = Path("docs/generation.md").read_text()
     codes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -77,7 +77,7 @@ def small_caches(monkeypatch):
     monkeypatch.setattr(batch_module, "SMALLEST_RINGS", (32, 32))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_a_request_gets_the_same_in_any_schedule(engine, seed):
     """Random submissions and cancellations, of eight ways to draw, in four slots."""
     rng = np.random.default_rng(seed)
@@ -116,7 +116,10 @@ def engine():
     return Engine(tiny_model(), RawBytesTokenizer(), num_slots=4, chunk_tokens=16)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [n if n == "rotary" else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS],
+)
 def test_every_kind_of_model_goes_on_as_its_full_forward(variant):
     """Prompts in pieces, behind shared beginnings, in a ring that goes round: greedy is the argmax."""
     model = tiny_model(**VARIANTS[variant])
@@ -140,6 +143,7 @@ def test_every_kind_of_model_goes_on_as_its_full_forward(variant):
     assert engine.reused_tokens >= 32
 
 
+@pytest.mark.slow
 def test_chunks_and_slots_change_nothing(engine):
     jobs = [(p, WAYS[i % len(WAYS)], i) for i, p in enumerate(prompts(6, 5, longest=40))]
     wanted = [solo(engine, *job) for job in jobs]
@@ -180,10 +184,10 @@ def test_a_full_store_forgets_what_was_not_used_for_longest():
     for n in rng.integers(0, 5, 30):
         assert solo(engine, texts[n], one) == wanted[n]
     assert 0 < engine.reused_tokens < 30 * 32
+    solo(engine, texts[0], one)
     reused = engine.reused_tokens
     solo(engine, texts[0], one)
-    solo(engine, texts[0], one)
-    assert engine.reused_tokens == reused + 32 + (engine.reused_tokens - reused - 32)
+    assert engine.reused_tokens == reused + 32
 
 
 def test_long_prompts_do_not_hold_up_a_text(engine):
@@ -191,11 +195,7 @@ def test_long_prompts_do_not_hold_up_a_text(engine):
     short = engine.submit([1, 2], dataclasses.replace(GREEDY, max_tokens=12))
     while not engine.step():
         pass
-    long = (
-        engine.submit(prompts(1, 3, 64)[0] * 9, GREEDY)
-        if False
-        else engine.submit([9] * 60, GREEDY)
-    )
+    long = engine.submit([9] * 60, GREEDY)
     seen = []
     while not any(event.row == long for event in seen):
         seen += engine.step()
@@ -279,6 +279,7 @@ def test_chunks_are_powers_of_two(chunk):
         Engine(tiny_model(), RawBytesTokenizer(), chunk_tokens=chunk)
 
 
+@pytest.mark.slow
 def test_encoder_decoders_come_and_go():
     config = EncoderDecoderConfig(
         vocab_size=259, embed_dim=32, num_layers=2, num_decoder_layers=2, num_heads=4, mlp_dim=64,
@@ -296,6 +297,7 @@ def test_encoder_decoders_come_and_go():
     assert [tokens_of(events[i]) for i in ids] == wanted
 
 
+@pytest.mark.slow
 def test_on_a_mesh_as_on_one_device(engine):
     model = tiny_model(num_kv_heads=2, vocab_size=272)
     one = Engine(model, RawBytesTokenizer(), num_slots=4, chunk_tokens=16)

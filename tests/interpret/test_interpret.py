@@ -68,6 +68,7 @@ def test_probabilities_of_a_text(model):
     assert found.best_log_probabilities.shape == (22, 3)
 
 
+@pytest.mark.slow
 def test_layers_apart_give_the_same():
     model = make_model()
     apart = unstack(model)

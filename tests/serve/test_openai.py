@@ -125,6 +125,7 @@ def test_biases(client):
     assert (found.text, found.finish_reason) == ("", "stop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "field", [{"top_k": 1}, {"min_p": 1.0}, {"repetition_penalty": 1.0, "top_k": 1}]
 )
@@ -133,6 +134,7 @@ def test_what_openai_has_not(client, field):
     assert complete(client, max_tokens=10, extra_body=field).choices[0].text == greedy
 
 
+@pytest.mark.slow
 def test_a_repetition_penalty_changes_the_text(client):
     texts = [
         complete(client, max_tokens=60, temperature=0, extra_body=body).choices[0].text

@@ -17,6 +17,7 @@ def installed(name: str) -> str:
         return "0"
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_page(tmp_path):
     if int(installed("setuptools").partition(".")[0]) < 77:
         pytest.skip("setuptools 77 builds the wheel: pip install -U setuptools")

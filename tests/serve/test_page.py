@@ -276,6 +276,7 @@ def test_text_is_never_html(open_page):
     assert page.title() == "tiny · llm_jax"
 
 
+@pytest.mark.slow
 def test_why_a_text_ended(open_page):
     page = open_page()
     generate(page, text="a", count=400, temperature=2, seed=5)

@@ -1,6 +1,7 @@
 """The engine's thread, with an engine that does as it is told."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -129,6 +130,21 @@ def test_an_engine_that_fails_is_made_again():
         assert len(await read(worker.submit([job(1)]))) == 3
         assert FakeEngine.made == 2
         assert worker.failure is None
+
+    run(test)
+
+
+def test_ids_of_an_engine_that_failed_mean_nothing_to_the_next():
+    async def test(worker):
+        failing = worker.submit([job(13)])
+        # Taken by the new engine, under the same id, before the loop knows that the old one failed.
+        while FakeEngine.made < 2:
+            time.sleep(0.001)
+        other = worker.submit([job(1, max_tokens=5000)])
+        time.sleep(0.01)
+        with pytest.raises(ApiError, match="the engine failed"):
+            await read(failing)
+        assert len(await read(other)) == 5000
 
     run(test)
 
