@@ -64,10 +64,15 @@ class RelativeBias(nnx.Module):
         return flat.reshape(-1, num_queries, length - 1)[:, :, :num_keys]
 
     def after(self, start: jax.Array, num_queries: int, num_keys: int) -> jax.Array:
-        """Of causal queries at indices start, start + 1, ... of a ring of keys: [N, T, S]."""
-        queries = start + jnp.arange(num_queries)
-        back = (queries[:, None] - jnp.arange(num_keys)) % num_keys
-        return jnp.moveaxis(self._of(-back), -1, 0)
+        """Of queries at indices start, start + 1, ... to keys from index 0: [N, T, S].
+
+        Where causal, keys behind the last query are those of before, in a ring of num_keys.
+        """
+        queries, keys = start + jnp.arange(num_queries), jnp.arange(num_keys)
+        if self.causal:
+            keys = jnp.where(keys < start + num_queries, keys, keys - num_keys)
+        distances = keys - queries[:, None]
+        return jnp.moveaxis(self._of(distances), -1, 0)
 
     def _of(self, distances: jax.Array) -> jax.Array:
         buckets = relative_buckets(self.config, distances, causal=self.causal)

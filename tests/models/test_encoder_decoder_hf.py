@@ -265,7 +265,8 @@ def test_relative_biases_are_those_of_transformers(causal, buckets, distance, le
     )(ours)
     np.testing.assert_array_equal(rows, whole)
     np.testing.assert_array_equal(gathered, whole)
-    np.testing.assert_array_equal(after, later)
+    seen = length - 6 if causal else length  # behind the last query a ring has what came before
+    np.testing.assert_array_equal(after[..., :seen], later[..., :seen])
 
 
 T5_BASE = {
