@@ -87,7 +87,7 @@ def _held_out(run: RunConfig, workdir: Path) -> list[str]:
     try:
         if not objective.examples:
             found = held_out_documents(run.data, workdir, _HELD_OUT_BYTES)
-            return [document.text for document in found if document.text]
+            return [document.text for _, document in found if document.text]
         texts: list[str] = []
         for record in held_out_records(run.data, workdir):
             texts.append("\n".join(texts_of(record)))

@@ -133,7 +133,7 @@ class StableHloExporter:
             letters = functions.cache_shape(*jax.export.symbolic_shape("B, C"))
             given |= {
                 "num_layers": getattr(config, layers),
-                "cache_shape": ", ".join(map(str, shape)),
+                "cache_shape": ", ".join(str(size).replace("*", " * ") for size in shape),
                 "cache_letters": ", ".join(map(str, letters)),
             }
         return given | (words.given if words else NO_TOKENIZER)
