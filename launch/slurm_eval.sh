@@ -56,7 +56,8 @@ score() {
   step_id=$!
   wait "$step_id" || status=$?
   [[ $at_limit ]] || exit "$status"
-  wait "$step_id" || true
+  # While it compiles it does not hear; requeueing ends what is left, and others take the checkpoint over.
+  for _ in {1..40}; do kill -0 "$step_id" 2> /dev/null || break; sleep 1; done
   echo "at the time limit: back into the queue"
   scontrol requeue "$SLURM_JOB_ID"
 }

@@ -76,6 +76,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if (arguments.workdir is None) == (arguments.compare is None):
         raise flags.RunError("say what to evaluate: --workdir DIR, or --compare RUN_A RUN_B")
     watched, tasks = arguments.watch or arguments.once, arguments.tasks is not None
+    alone = vars(arguments) | {"compare": None, "overrides": arguments.overrides or None}
+    if arguments.compare and any(value not in (None, False) for value in alone.values()):
+        raise flags.RunError("--compare takes two runs, DIR or DIR@STEP, and no other flag")
     needs = {
         "num_fewshot": ("--tasks", tasks),
         "limit": ("--tasks", tasks),
@@ -108,7 +111,8 @@ def watch(job: Job, *, once: bool, patience: float) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     first = jax.process_index() == 0
     say = functools.partial(print, flush=True) if first else lambda _: None
-    watcher = Watcher(job.workdir, job.score, say, patience=patience)
+    labels = () if job.harness is None else ("harness",)
+    watcher = Watcher(job.workdir, job.score, say, patience=patience, labels=labels)
     watcher.run(once=once)
     if watcher.failed:
         steps = ", ".join(map(str, watcher.failed))

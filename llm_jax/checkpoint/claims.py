@@ -11,13 +11,14 @@ from the file system's own stamps.
 """
 
 import contextlib
-import os
 import re
+import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-PATIENCE = 60.0  # seconds of silence after which an owner counts as dead
+# Seconds of silence after which an owner counts as dead: mounted buckets may show stamps a minute old.
+PATIENCE = 180.0
 _BEATS = 4  # signs of life in that time, at least
 _IS_CLAIM = re.compile(r"\d+\.\d+").fullmatch
 
@@ -108,14 +109,16 @@ class Claims:
                 path.unlink(missing_ok=True)
 
     def _is_stale(self, path: Path) -> bool:
+        now = self._now()
         try:
-            return self._now() - path.stat().st_mtime > self._patience
-        except FileNotFoundError:
+            return now - path.stat().st_mtime > self._patience
+        except FileNotFoundError:  # given free
             return True
 
     def _now(self) -> float:
         """What the file system's clock says."""
-        probe = self.folder / f".{self._owner.replace(os.sep, '_')}.now"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        probe = self.folder / f".{secrets.token_hex(8)}.now"
         probe.write_text("now\n")
         now = probe.stat().st_mtime
         probe.unlink(missing_ok=True)

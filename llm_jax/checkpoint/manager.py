@@ -121,6 +121,7 @@ class _Keep:
         self.best_step: int | None = None
         self._config, self._workdir, self._say = config, workdir, say
         self._claims = Claims(workdir, f"training on {socket.gethostname()}, process {os.getpid()}")
+        self.going = contextlib.ExitStack()  # claims on what is being removed
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Process 0 decides, since what others read and score changes between two looks."""
@@ -130,7 +131,11 @@ class _Keep:
         if jax.process_index() == 0:
             wanted = self._wanted(steps)
             # A claim on what goes, so that nobody begins to read it; where there is one, it stays.
-            kept[:] = [step in wanted or self._claims.take(step) is None for step in steps]
+            for place, step in enumerate(steps):
+                claim = None if step in wanted else self._claims.take(step)
+                kept[place] = claim is None
+                if claim is not None:
+                    self.going.enter_context(claim.held())
             self._claims.forget(steps)
         if jax.process_count() > 1:
             kept = multihost_utils.broadcast_one_to_all(kept)
@@ -213,6 +218,8 @@ class Checkpointer:
         """Returns when the last save is on disk; raises RunError when it could not be written."""
         with self._no_lost_checkpoint(self._saving):
             self._orbax.wait()
+        if self._keep is not None:  # what had to go is gone
+            self._keep.going.close()
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:

@@ -57,10 +57,19 @@ class Evaluation:
     items: dict[str, Items] = dataclasses.field(default_factory=dict)
 
     def save(self, workdir: Path) -> Path:
-        """Writes WORKDIR/evals/scores_<step>.json, whole or not at all."""
+        """Writes WORKDIR/evals/scores_<step>.json, whole or not at all.
+
+        Figures that are there already and that this evaluation did not ask for stay.
+        """
         path = scores_path(workdir, self.step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(self), indent=1)
+        whole = self
+        if path.exists():
+            old = Evaluation.load(path)
+            whole = dataclasses.replace(
+                self, summary=old.summary | self.summary, items=old.items | self.items
+            )
+        text = json.dumps(dataclasses.asdict(whole), indent=1)
         replace_file(path, [text.encode() + b"\n"])
         return path
 

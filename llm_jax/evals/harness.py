@@ -2,9 +2,12 @@
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
+
+import jax
 
 from llm_jax.core.config import ConfigError
 from llm_jax.evals.findings import Findings, Items
@@ -48,6 +51,8 @@ class Harness:
         """What the harness returns, and how many requests were cut."""
         from llm_jax.evals import harness_model
 
+        if jax.process_count() > 1:
+            raise ConfigError("the harness asks in one process: evaluate in a job of one")
         model = harness_model.HarnessModel(subject)
         config = self.config
         results = harness_model.run_tasks(
@@ -74,13 +79,14 @@ def found_in(results: Mapping[str, Any], cut: int) -> Findings:
             name = f"{task}/{metric}" + ("" if chosen_by == "none" else f"/{chosen_by}")
             summary[name] = float(value)
             found = _items(results.get("samples", {}).get(task, ()), metric, chosen_by)
-            if found is not None:
+            # Of some figures samples hold something else, of a perplexity the log probability.
+            if found is not None and math.isclose(found.mean, value, rel_tol=1e-6, abs_tol=1e-9):
                 items[name] = found
     return Findings(summary | {"cut": cut}, items)
 
 
 def _items(samples: Sequence[Mapping[str, Any]], metric: str, chosen_by: str) -> Items | None:
-    """A mean's items; of other figures, such as perplexity or F1 of all, samples hold no number."""
+    """What the samples hold under a figure's name, if these are numbers."""
     chosen = [sample for sample in samples if sample.get("filter", "none") == chosen_by]
     values = [sample.get(metric) for sample in chosen]
     if not values or not all(isinstance(value, Real) for value in values):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jax
 import jinja2
 import yaml
 from lm_eval import simple_evaluate
@@ -31,8 +32,9 @@ from llm_jax.evals.subject import Subject
 from llm_jax.generate.sampler import SamplingConfig
 
 # What a task's file, its data or its templates cause, deep in three libraries.
-_NOT_OURS = (OSError, ValueError, KeyError, TypeError, AssertionError, yaml.YAMLError,
-             jinja2.TemplateError, datasets.exceptions.DatasetsError)  # fmt: skip
+_NOT_OURS = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+             ImportError, RuntimeError, yaml.YAMLError, jinja2.TemplateError,
+             datasets.exceptions.DatasetsError)  # fmt: skip
 _MAX_TOKENS = 256  # of an answer, where a task does not say
 
 
@@ -168,7 +170,7 @@ def run_tasks(
             task_manager=manager,
             bootstrap_iters=1000,
         )
-    except ConfigError:
+    except (ConfigError, jax.errors.JaxRuntimeError):
         raise
     except _NOT_OURS as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from llm_jax.checkpoint.load import LoadedModel, choose_checkpoint, load_model
 from llm_jax.checkpoint.manager import read_run_files
 from llm_jax.core.config import ConfigError, load, plain, set_override, to_dict
+from llm_jax.core.flags import RunError
 from llm_jax.evals.evaluation import Evaluation, evaluate, make_tasks
 from llm_jax.evals.harness import Harness
 from llm_jax.evals.subject import Subject
@@ -41,9 +42,14 @@ class Job:
 
         Raises:
           ConfigError: there is no such checkpoint, or it cannot be read.
+          RunError: what is asked cannot be asked of any.
         """
-        run = self._run(step)
-        tasks = make_tasks(run.eval.tasks)
+        saved = self._saved(step)
+        try:
+            run = self._run(saved)
+            tasks = make_tasks(run.eval.tasks)
+        except ConfigError as error:
+            raise RunError(str(error)) from None
         if self.harness is not None:
             tasks["harness"] = self.harness
         loaded, rules = self._load(step, scored=bool(tasks))
@@ -71,9 +77,12 @@ class Job:
             name += f"_{config.num_fewshot}shot"
         return name if config.limit is None else f"{name}_limit{config.limit}"
 
-    def _run(self, step: int) -> RunConfig:
+    def _saved(self, step: int) -> dict:
+        """The config of a checkpoint."""
         folder, step = choose_checkpoint(self.workdir, step)
-        sections = read_run_files(folder, step).config
+        return read_run_files(folder, step).config
+
+    def _run(self, sections: dict) -> RunConfig:
         if self.config is not None or self.overrides:
             sections = to_dict(resolve(sections))
             if self.config is not None:

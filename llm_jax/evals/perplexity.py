@@ -101,9 +101,14 @@ class Perplexity:
         """One score per document, in order.
 
         Raises:
-          ConfigError: a context as long as a window.
+          ConfigError: a context as long as a window, or a model that does not read from left to right.
         """
         length = subject.window
+        if not hasattr(subject.model, "init_cache"):
+            raise ConfigError(
+                f"{type(subject.model).__name__} has no perplexity: it does not read from left to "
+                "right; choices: gpt"
+            )
         if self.context is not None and not 0 <= self.context < length:
             raise ConfigError(f"context {self.context} must lie in [0, {length}), the window")
         graphdef, state = nnx.split(subject.model)

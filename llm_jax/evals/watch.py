@@ -8,7 +8,7 @@ another takes over.
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -21,9 +21,10 @@ from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
 from llm_jax.evals.evaluation import Evaluation
 from llm_jax.metrics.report import refresh_report
-from llm_jax.metrics.scores import collect_scores, scored_steps
+from llm_jax.metrics.scores import collect_scores, scores_path
 from llm_jax.metrics.writer import write_events
 from llm_jax.training.config import resolve
+from llm_jax.training.guard import on_first_process
 from llm_jax.training.stopping import Stopping
 
 Score = Callable[[int], Evaluation | None]
@@ -36,17 +37,27 @@ class Watcher:
 
     Args:
       patience: seconds after which another job's silence means that it is dead.
+      labels: of tasks that this job asks beyond the run's own: a step whose scores lack them is not done.
 
     Attributes:
       failed: step to what was wrong with its checkpoint.
     """
 
-    def __init__(self, workdir: Path, score: Score, say: Callable[[str], None], *, patience: float):
+    def __init__(
+        self,
+        workdir: Path,
+        score: Score,
+        say: Callable[[str], None],
+        *,
+        patience: float,
+        labels: Sequence[str] = (),
+    ):
         self._workdir, self._score, self._say = Path(workdir), score, say
+        self._labels, self._done = labels, set()
         owner = f"evaluation on {socket.gethostname()}, process {os.getpid()}"
         self._claims = Claims(workdir, owner, patience=patience)
         self._poll = min(_POLL, patience / 4)
-        self._gone: set[int] = set()
+        self._damaged: dict[int, int] = {}  # step to when its folder was written
         self.failed: dict[int, str] = {}
 
     def run(self, *, once: bool) -> None:
@@ -54,19 +65,22 @@ class Watcher:
 
         Raises:
           RunError: nothing can be measured at all.
+          ConfigError: once, and there is no folder of checkpoints.
         """
-        waiting = False
+        waiting = idle = True
         while True:
             step, claim = self._next(once)
             if step == _OVER:
+                if idle:
+                    self._say(f"nothing is left to score in {self._workdir}")
                 return
             if step == _NONE:
-                if not waiting:
+                if waiting:
                     self._say(f"waiting for checkpoints in {self._workdir}")
-                waiting = True
+                waiting = False
                 time.sleep(self._poll)
                 continue
-            waiting = False
+            waiting, idle = True, False
             if claim is None:
                 self._evaluate(step, claim)
                 continue
@@ -75,7 +89,7 @@ class Watcher:
 
     def _next(self, once: bool) -> tuple[int, Claim | None]:
         """What process 0 chose, and there its claim on it."""
-        step, claim = self._choose(once) if jax.process_index() == 0 else (_NONE, None)
+        step, claim = on_first_process(lambda: self._choose(once)) or (_NONE, None)
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
         return step, claim
@@ -85,13 +99,15 @@ class Watcher:
         try:
             steps = steps_in(self._workdir / "checkpoints")
         except ConfigError:  # training has not begun
+            if once:
+                raise
             steps = []
         left = self._left(steps)
         for step in left:
             claim = self._claims.take(step)
             if claim is None:
                 continue
-            if step not in scored_steps(self._workdir):  # nobody was quicker
+            if not self._is_done(step):  # nobody was quicker
                 return step, claim
             with claim.held():
                 pass
@@ -99,8 +115,30 @@ class Watcher:
         return (_OVER if over else _NONE), None
 
     def _left(self, steps: list[int]) -> list[int]:
-        done = {*scored_steps(self._workdir), *self.failed, *self._gone}
-        return [step for step in steps if step not in done]
+        return [step for step in steps if not (self._is_done(step) or self._is_damaged(step))]
+
+    def _is_done(self, step: int) -> bool:
+        """Whether its scores are there, and in them what this job asks, or why it could not be asked."""
+        path = scores_path(self._workdir, step)
+        if not path.exists():
+            return False
+        if self._labels and step not in self._done:
+            found = Evaluation.load(path)
+            told = [*found.summary, *found.problems]
+            if any(not any(t.startswith((f"{x}/", f"{x}:")) for t in told) for x in self._labels):
+                return False
+        self._done.add(step)
+        return True
+
+    def _is_damaged(self, step: int) -> bool:
+        """Whether it could not be read, and has not been written anew since."""
+        return step in self._damaged and self._damaged[step] == self._written(step)
+
+    def _written(self, step: int) -> int | None:
+        try:
+            return (self._workdir / "checkpoints" / str(step)).stat().st_mtime_ns
+        except OSError:
+            return None
 
     def _has_ended(self, step: int) -> bool:
         """Whether training ends with this step."""
@@ -117,22 +155,26 @@ class Watcher:
         try:
             evaluation = self._score(step)
         except (ConfigError, OSError) as error:
-            if (self._workdir / "checkpoints" / str(step)).is_dir():
-                self.failed[step] = str(error)
-                self._say(f"step {step} cannot be scored: {error}")
-            else:
-                self._gone.add(step)
+            if jax.process_count() > 1:  # the others may be waiting for this one within the model
+                raise RunError(f"step {step} cannot be scored: {error}") from error
+            written = self._written(step)
+            if written is None:
                 self._say(f"step {step} was removed before it was scored")
+                return
+            self.failed[step], self._damaged[step] = str(error), written
+            self._say(f"step {step} cannot be scored: {error}")
             return
         measured(evaluation, self._workdir)
         for problem in evaluation.problems:
             self._say(f"step {step}: {problem}")
         if claim is None:  # process 0 writes
             return
-        if not claim.is_mine() or step in scored_steps(self._workdir):
+        if not claim.is_mine():
             self._say(f"step {step} was taken over by another job, this one having been too slow")
             return
         publish(self._workdir, evaluation)
+        self._done.add(step)
+        self.failed.pop(step, None)
         self._say(
             f"step {step}: {headline(evaluation)}  ({time.monotonic() - began:.1f} s, "
             f"{len(self._left(steps_in(self._workdir / 'checkpoints')))} more to score)"

@@ -52,7 +52,10 @@ def write_card(
     ]
     scores = _scores(workdir, loaded.step)
     if scores:
-        parts.append("\n## Evaluation\n\nOn held-out data of the run, at this step:\n\n")
+        parts.append(
+            "\n## Evaluation\n\nAt this step. Figures named `TASK/...` are of the tasks that were asked; all "
+            "others, `bits_per_byte/DOMAIN` too, of held-out data of the run:\n\n"
+        )
         parts.append(_table(("metric", "value"), [(k, _number(v)) for k, v in scores.items()]))
     config = json.dumps(_without_paths(to_dict(run)), indent=1, ensure_ascii=False)
     parts.append(

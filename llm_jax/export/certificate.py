@@ -2,7 +2,7 @@
 
 Every format has the same. What lies in the folder is loaded back by the format's own means and asked the same
 probes as the trained model (export/probes.py): largest difference of logits, KL divergence, next tokens,
-perplexity (export/outputs.py), beside the SHA-256 of every file. `certificate.json` is written where all of
+perplexity (export/outputs.py), beside the SHA-256 of every file but the card. `certificate.json` is written where all of
 it holds, and only there. It also keeps a digest of both models' answers, by which `verify` checks a folder
 years later, without the run.
 """
@@ -25,16 +25,16 @@ import numpy as np
 from llm_jax.core.config import component, parse, to_dict
 from llm_jax.core.flags import RunError
 from llm_jax.core.types import Model, Tokenizer
+from llm_jax.export.card import NAME as CARD
 from llm_jax.export.outputs import Digest, Figures, compared
-from llm_jax.export.probes import NOTHING, Forward, Outputs, Probes, forward_of
+from llm_jax.export.probes import NOTHING, TEXT_ROWS, Forward, Outputs, Probes, forward_of
 from llm_jax.training.config import RunConfig
 
 NAME = "certificate.json"
 _VERSION = 1
 _PACKAGES = ("llm_jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "gguf")
-# Another machine adds in another order: how far the same files may be from the recorded answers, as a share
-# of the largest; and at which share of positions farther, since a router may then choose another expert.
-_ELSEWHERE = 1e-3
+# At which share of positions another machine may be farther from the recorded answers than `elsewhere`
+# allows, since a router may choose another expert there.
 _OFF = 0.005
 _ENOUGH = 100  # positions: a share of fewer says little, such as of the classes of six rows
 
@@ -46,12 +46,15 @@ class Tolerances:
     difference: of an output, as a share of its largest value; kl_divergence: nats, the mean over positions;
     equal_tokens: the least share of positions with the same most probable token; nats: of the mean loss
     on texts, so the perplexity may change by a factor of exp of it.
+    elsewhere: how far the same files may be from the recorded answers on another machine, which adds in
+    another order; as a share of the largest.
     """
 
     difference: float | None
     kl_divergence: float
     equal_tokens: float
     nats: float
+    elsewhere: float = 1e-3
 
 
 # The same numbers, added in another order at most.
@@ -97,8 +100,12 @@ class Reference:
 
     @classmethod
     def of(cls, model: Model, probes: Probes) -> "Reference":
+        """Raises RunError where the model's answers to texts are no numbers; random ids may have none."""
         forward = forward_of(model)
         outputs = [forward(batch) for batch in probes.batches()]
+        for name in outputs[0]:
+            if not all(np.isfinite(row[name]).all() for row in outputs[:TEXT_ROWS]):
+                raise _nothing_to_compare(name, "on every text")
         # Of a head over few classes the targets, which are tokens, are none.
         if outputs[0].get("logits", np.zeros(0)).shape[-1] != model.config.vocab_size:
             nothing = np.full_like(probes.targets, NOTHING)
@@ -140,6 +147,7 @@ def certify(
         "tolerances": to_dict(exporter.tolerances),
         "figures": {name: _told(figures) for name, (figures, _) in found.items()},
         "texts": reference.probes.source,
+        "length": reference.probes.targets.shape[1],
         "versions": _versions(),
         "bytes": sum(file["bytes"] for file in files.values()),
         "files": files,
@@ -179,7 +187,7 @@ def verify(directory: Path) -> dict[str, Any]:
     forward = exporter.load_back(directory)
     answers = [forward({k: x[i : i + 1] for k, x in inputs.items()}) for i in range(rows)]
     for name, digest in digests.items():
-        _check_answers(directory, name, digest, answers)
+        _check_answers(directory, name, digest, answers, exporter.tolerances.elsewhere)
         _check_figures(directory, name, recorded[name], digest.figures())
         _check(name, recorded[name], exporter.tolerances)
     return content
@@ -202,6 +210,8 @@ def summary(content: Mapping[str, Any]) -> str:
 
 def _check(name: str, figures: Figures, tolerances: Tolerances) -> None:
     """Raises RunError where a figure is outside; NaN is."""
+    if not figures.positions:
+        raise _nothing_to_compare(name, "anywhere")
     limits = []
     if tolerances.difference is not None:
         limit = tolerances.difference * max(figures.largest_value, 1.0)
@@ -222,20 +232,26 @@ def _check(name: str, figures: Figures, tolerances: Tolerances) -> None:
             )
 
 
+def _nothing_to_compare(name: str, where: str) -> RunError:
+    return RunError(
+        f"the trained model's {name} are not finite {where}: there is nothing to compare"
+    )
+
+
 def _told(figures: Figures) -> dict[str, Any]:
     return {name: value for name, value in vars(figures).items() if value is not None}
 
 
 def _files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of every file but the certificate, by its path inside."""
+    """Bytes and SHA-256 of every file but the certificate and the card, by its path inside."""
     return {name: _file(directory / name) for name in _names(directory)}
 
 
 def _names(directory: Path) -> list[str]:
-    """What is hidden, such as .git, is not of the export."""
+    """What is hidden, such as .git, is not of the export; the card is, but others add to it."""
     paths = (p.relative_to(directory) for p in Path(directory).rglob("*") if p.is_file())
     visible = (p for p in paths if not any(part.startswith(".") for part in p.parts))
-    return sorted(p.as_posix() for p in visible if p.as_posix() != NAME)
+    return sorted(p.as_posix() for p in visible if p.as_posix() not in (NAME, CARD))
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -262,7 +278,9 @@ def _check_files(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> Non
             raise RunError(f"{directory}: {name} is not what was certified: another SHA-256")
 
 
-def _check_answers(directory: Path, name: str, digest: Digest, answers: Sequence[Outputs]) -> None:
+def _check_answers(
+    directory: Path, name: str, digest: Digest, answers: Sequence[Outputs], elsewhere: float
+) -> None:
     """Raises RunError unless the model gives the recorded answers, up to another machine's rounding."""
     found = np.concatenate([x[name].reshape(-1, x[name].shape[-1]) for x in answers])
     if len(found) != len(digest.ids) or found.shape[1] <= digest.ids.max(initial=0):
@@ -270,7 +288,7 @@ def _check_answers(directory: Path, name: str, digest: Digest, answers: Sequence
     values = np.take_along_axis(found, digest.ids, axis=1).astype(np.float64)[digest.finite]
     wanted = digest.exported_values[digest.finite]
     differences = np.max(np.abs(values - wanted), axis=1)
-    near = differences <= _ELSEWHERE * np.max(np.abs(wanted), initial=1.0)
+    near = differences <= elsewhere * np.max(np.abs(wanted), initial=1.0)
     if np.count_nonzero(~near) > _OFF * len(near):
         raise RunError(
             f"{directory}: its {name} are not those that were certified: they differ by up to "

@@ -2,14 +2,14 @@
 
 A `gpt2` vocabulary names one of llama.cpp's word patterns, "tokenizer.ggml.pre"; which one is seen from the
 tokenizer's own pattern, and another pattern is refused. What llama.cpp has no place for: a literal U+2581
-in a SentencePiece text, which it takes for a space, and unigram models, which lack a byte fallback there.
-Texts begin with bos, as in training.
+in a SentencePiece text, which it takes for a space, unigram models, which lack a byte fallback there, and
+user-defined pieces with a space before texts, which it puts behind such a piece, too. Texts begin with bos, as in training.
 """
 
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from llm_jax.core.types import Tokenizer
 from llm_jax.data.tokenizers.pieces import META_SPACE
 from llm_jax.data.tokenizers.sentencepiece_proto import PieceType, read_model
 from llm_jax.data.tokenizers.tiktoken import ENCODINGS
+from llm_jax.export.vocabulary import check_bpe, check_plain, with_byte_fallback
 
 _BPE = 2  # of SentencePiece
 _QWEN2 = (
@@ -107,12 +108,20 @@ def _of_sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
     reason = parsed.loss
     if parsed.model_type != _BPE:
         reason = "it is no bpe, and llama.cpp has no byte fallback for others"
+    types = [int(piece.type) for piece in parsed.pieces]
+    tokens = [piece.text for piece in parsed.pieces]
+    for i, kind in enumerate(types):
+        if kind == PieceType.USER_DEFINED:
+            if " " in tokens[i]:
+                reason = f"its user-defined piece {tokens[i]!r} is found in no text"
+            tokens[i] = tokens[i].replace(META_SPACE, " ")
     if reason is not None:
         raise ConfigError(f"llama.cpp cannot have this SentencePiece model: {reason}")
+    _check_prefix(parsed.add_dummy_prefix, types)
     return Vocabulary(
         "llama",
-        [piece.text for piece in parsed.pieces],
-        [int(piece.type) for piece in parsed.pieces],
+        tokens,
+        types,
         parsed.add_dummy_prefix,
         scores=[piece.score for piece in parsed.pieces],
     )
@@ -127,6 +136,10 @@ def _of_byte_level(description: Mapping[str, Any], size: int) -> Vocabulary:
 
 def _of_fallback(description: Mapping[str, Any], size: int) -> Vocabulary:
     """What was a SentencePiece model once (Llama 2, Gemma): the earlier a merge, the higher its score."""
+    check_bpe(description)
+    added = description.get("added_tokens") or ()
+    check_plain([token for token in added if not token["special"]], description)
+    prefix = with_byte_fallback(description)["space_before"]
     tokens, types = _tokens(description, size)
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(description["model"]["merges"]):
@@ -138,13 +151,20 @@ def _of_fallback(description: Mapping[str, Any], size: int) -> Vocabulary:
     unknown = description["model"].get("unk_token")
     if unknown in tokens:
         types[tokens.index(unknown)] = int(PieceType.UNKNOWN)
-    steps = _steps(description.get("normalizer")) + _steps(description.get("pre_tokenizer"))
-    prefix = any(
-        step["type"] == "Prepend" or step.get("prepend_scheme") in ("first", "always")
-        for step in steps
-    )
-    spaced = [token.replace(" ", META_SPACE) for token in tokens]
+    _check_prefix(prefix, types)
+    spaced = [
+        token if kind == PieceType.USER_DEFINED else token.replace(" ", META_SPACE)
+        for token, kind in zip(tokens, types, strict=True)
+    ]
     return Vocabulary("llama", spaced, types, prefix, scores=scores)
+
+
+def _check_prefix(prefix: bool, types: Sequence[int]) -> None:
+    """llama.cpp looks for user-defined pieces in the raw text and takes what follows one for a text."""
+    if prefix and PieceType.USER_DEFINED in types:
+        raise ConfigError(
+            "llama.cpp cannot have this tokenizer: it has user-defined pieces and puts a space before texts"
+        )
 
 
 def _tokens(description: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -175,15 +195,18 @@ def _pattern(description: Mapping[str, Any], *, has_merges: bool) -> str:
     splits = [step for step in steps if step["type"] == "Split"]
     byte_level = [step for step in steps if step["type"] == "ByteLevel"]
     whole = bool(description["model"].get("ignore_merges"))
+    known = len(splits) + len(byte_level) == len(steps) and len(byte_level) == 1
+    known &= all(step["behavior"] == "Isolated" and not step["invert"] for step in splits)
+    known &= not any(step.get("add_prefix_space", True) for step in byte_level)
     name = None
-    if len(splits) + len(byte_level) == len(steps) and not _steps(description.get("normalizer")):
-        if not has_merges:
+    if known and steps[-1] is byte_level[0] and not _steps(description.get("normalizer")):
+        cuts = byte_level[0].get("use_regex", True)
+        if not has_merges and not whole:
             name = "gpt-2"  # every byte by itself, however texts are cut
-        elif len(splits) == 1 and not byte_level[0].get("use_regex", True):
+        elif len(splits) == 1 and not cuts:
             name = _PATTERNS.get((splits[0]["pattern"].get("Regex"), whole))
-        elif not splits and byte_level and byte_level[0].get("use_regex", True):
-            prefixed = byte_level[0].get("add_prefix_space", True)
-            name = None if prefixed else "gpt-2"
+        elif not splits and cuts:
+            name = "gpt-2"
     if name is None:
         raise ConfigError(
             "llama.cpp's word patterns have none like this tokenizer's; those known here: "

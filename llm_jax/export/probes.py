@@ -29,7 +29,9 @@ Forward = Callable[[Batch], Outputs]
 
 NOTHING = -1  # in targets: nothing is predicted there
 
-_TEXT_ROWS, _RANDOM_ROWS, _LENGTH = 4, 2, 128
+TEXT_ROWS, _RANDOM_ROWS = 4, 2
+# Nothing is seen of a longer window, nor of positions behind: docs/export.md says so.
+_LENGTH = 128
 _HELD_OUT_BYTES = 16_384
 _MASKED_EVERY = 7  # about the 15 % of BERT
 _MASKS = ("[MASK]", "<mask>")
@@ -102,16 +104,16 @@ def _rows(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, length: i
     """[R, length] int32: documents as training packs them, each row from another text on; random ids."""
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     documents = [[bos, *ids, eos] for ids in tokenizer.encode_batch(texts)]
-    rows = np.zeros((_TEXT_ROWS + _RANDOM_ROWS, length), np.int32)
-    for row in range(_TEXT_ROWS):
+    rows = np.zeros((TEXT_ROWS + _RANDOM_ROWS, length), np.int32)
+    for row in range(TEXT_ROWS):
         ids: list[int] = []
-        number = row * max(1, len(documents) // _TEXT_ROWS)
+        number = row * max(1, len(documents) // TEXT_ROWS)
         while len(ids) < length:
             ids += documents[number % len(documents)]
             number += 1
         rows[row] = ids[:length]
     random = np.random.default_rng(0)
-    rows[_TEXT_ROWS:] = random.integers(0, vocab_size, (_RANDOM_ROWS, length))
+    rows[TEXT_ROWS:] = random.integers(0, vocab_size, (_RANDOM_ROWS, length))
     return rows
 
 
@@ -121,7 +123,7 @@ def _shifted(rows: np.ndarray, first: int) -> np.ndarray:
 
 
 def _text_rows_only(targets: np.ndarray) -> np.ndarray:
-    targets[_TEXT_ROWS:] = NOTHING
+    targets[TEXT_ROWS:] = NOTHING
     return targets
 
 

@@ -70,7 +70,7 @@ def vocabulary(tokenizer: PieceTokenizer) -> Vocabulary:
 
 def _refused(what: str) -> ConfigError:
     return ConfigError(
-        f"{what} cannot be done in plain Python; choices: raw_bytes, tiktoken, sentencepiece that gives back "
+        f"{what} cannot be written for other programs; choices: raw_bytes, tiktoken, sentencepiece that gives back "
         "every text, a tokenizer.json with byte-level BPE or BPE with byte fallback"
     )
 
@@ -137,7 +137,7 @@ def _tiktoken(tokenizer: PieceTokenizer) -> Vocabulary:
 def _huggingface(tokenizer: PieceTokenizer) -> Vocabulary:
     content = json.loads(tokenizer.model_bytes())
     model = content["model"]
-    _check_bpe(content)
+    check_bpe(content)
     vocab: dict[str, int] = model["vocab"]
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"] or ()]
     rows = [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]
@@ -151,13 +151,13 @@ def _huggingface(tokenizer: PieceTokenizer) -> Vocabulary:
         "by_pair": True, "whole_words": bool(model.get("ignore_merges")), "user_defined": bool(plain),
     }  # fmt: skip
     if plain:
-        _check_plain(plain, content)
+        check_plain(plain, content)
         tensors["user_defined"] = np.array([token["id"] for token in plain], np.int32)
     if _steps(content, "decoder", "decoders")[0]["type"] == "ByteLevel":
         given |= _byte_level(content)
         names = byte_level_alphabet()
     else:
-        given |= _with_byte_fallback(content)
+        given |= with_byte_fallback(content)
         names = [f"<0x{byte:02X}>" for byte in range(256)]
         known = [i for text, i in vocab.items() if i not in special and text not in set(names)]
         tensors["known"] = np.array(sorted(known), np.int32)
@@ -177,7 +177,8 @@ def _steps(content: Mapping[str, Any], part: str, inner: str) -> list[Mapping[st
     return step[inner] if step["type"] == "Sequence" else [step]
 
 
-def _check_bpe(content: Mapping[str, Any]) -> None:
+def check_bpe(content: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a tokenizer.json that is no BPE, or one with options of its own."""
     model = content["model"]
     kind = model.get("type", "BPE" if "merges" in model else "without a type")
     if kind != "BPE":
@@ -189,7 +190,8 @@ def _check_bpe(content: Mapping[str, Any]) -> None:
         raise _refused("a tokenizer.json without a decoder")
 
 
-def _check_plain(plain: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> None:
+def check_plain(plain: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless these added tokens are found in a text as it stands."""
     for token in plain:
         for option in ("single_word", "lstrip", "rstrip"):
             if token.get(option):
@@ -228,16 +230,26 @@ def _split_pattern(step: Mapping[str, Any]) -> str:
     return regular
 
 
-def _with_byte_fallback(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Spaces become U+2581, with one before the text or not, and nothing else is done to it."""
-    space_before = False
+def with_byte_fallback(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Spaces become U+2581, with one before the text or not, and nothing else is done to it.
+
+    Raises:
+      ConfigError: something else is.
+    """
+    if content["model"].get("ignore_merges"):
+        raise _refused("a tokenizer.json with byte fallback and ignore_merges")
+    space_before = swapped = False
     for step in _steps(content, "normalizer", "normalizers"):
         swaps = step["type"] == "Replace" and step["pattern"].get("String") == " "
         if step["type"] == "Prepend" and step["prepend"] in (" ", META_SPACE):
             space_before = True
         elif not (swaps and step["content"] == META_SPACE):
             raise _refused(f"a tokenizer.json with the normalizer {step['type']}")
+        swapped |= swaps
     for step in _steps(content, "pre_tokenizer", "pretokenizers"):
+        at_spaces = step["type"] == "Split" and step["pattern"].get("String") == " "
+        if at_spaces and swapped and not step["invert"]:
+            continue  # as Gemma has it: no space is left
         if step["type"] != "Metaspace" or step.get("split", True):
             raise _refused(f"a tokenizer.json that cuts words by {step['type']}")
         space_before = step["prepend_scheme"] != "never"

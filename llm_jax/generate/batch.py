@@ -85,6 +85,8 @@ class Batch:
         """Frees the row of a request: (cache, row, places there of all tokens in `request.known`)."""
         row = self.requests.index(request)
         self.requests[row] = None
+        if self.running and self._needs() != (self._method, self._num_best):
+            self._changed = True
         first = self._clock - request.written
         return self._cache, row, (first + np.arange(len(request.known))) % self._size
 
@@ -179,6 +181,13 @@ class Batch:
         self._sources = [self._sources[row] for row in old] + [-1] * more
         self._changed = True
 
+    def _needs(self) -> tuple[SamplingMethod, int]:
+        """What a step must do for the requests that run: how to draw, how many alternatives."""
+        running = self.running
+        most = max((r.top_alternatives for r in running), default=0)
+        num_best = min(power_of_two(most), self._programs.vocab_size) if most else 0
+        return SamplingMethod.of([r.sampling for r in running]), num_best
+
     def _renew_rows(self) -> None:
         """Tells the device which requests its rows are of."""
         live = [(row, r) for row, r in enumerate(self.requests) if r is not None]
@@ -192,9 +201,7 @@ class Batch:
             )  # fmt: skip
         tokens, positions, index, seeds, numbers = integers
         segment_ids = np.array([r is not None for r in self.requests], np.int32)
-        self._method = SamplingMethod.of([r.sampling for _, r in live])
-        most = max((r.top_alternatives for _, r in live), default=0)
-        self._num_best = min(power_of_two(most), self._programs.vocab_size) if most else 0
+        self._method, self._num_best = self._needs()
         rows = Rows(
             tokens.astype(np.int32), positions.astype(np.int32), segment_ids, index, seeds, numbers,
             Sampling.of(configs, self._method), self._seen(live) if self._method.edited else None,

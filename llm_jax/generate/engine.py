@@ -47,6 +47,7 @@ class Engine:
         the model's max_length, which learned positions cannot exceed and others were not trained to.
       num_slots: most requests that run together.
       chunk_tokens: most tokens of prompts that are computed between two tokens of a text; a power of two.
+        An encoder reads a longer prompt whole.
       prefix_tokens: how many tokens of earlier prompts and texts keep their keys, for prompts that begin
         with them; 0: none.
 
@@ -77,12 +78,11 @@ class Engine:
         self.max_length = model.config.max_length if max_length is None else max_length
         self._check_limits(model.config)
         self._programs = Programs(model, tokenizer.vocab_size, self.max_length - 1)
-        self._prefix = PrefixCache(self._programs, 0 if self.has_encoder else prefix_tokens)
-        self._batch = Batch(self._programs)
-        self._group: Prefill | Encoded | None = None
+        self._prefix_tokens = 0 if self.has_encoder else prefix_tokens
         self._waiting: collections.deque[Request] = collections.deque()
         self._requests: dict[int, Request] = {}
-        self._next_id = 0
+        self._next_id, self._is_streaming = 0, False
+        self._forget()
         self._beams = jax.jit(self._beam_program, static_argnums=4)
 
     def _check_limits(self, config) -> None:
@@ -92,6 +92,11 @@ class Engine:
             raise ConfigError(
                 f"max_length {self.max_length} exceeds the {config.max_length} learned positions "
                 "of the model"
+            )
+        if self.has_encoder and self.max_length > config.max_length:
+            raise ConfigError(
+                f"max_length {self.max_length} exceeds the {config.max_length} of the model, whose "
+                "encoder reads no more"
             )
         if self.num_slots < 1:
             raise ConfigError(f"num_slots {self.num_slots} must be at least 1")
@@ -118,7 +123,8 @@ class Engine:
         """Puts a request in the queue; returns its id, which is `row` of its events.
 
         Args:
-          prompt: text, which gets a bos in front, or ids taken as they are; "" and [] are a bos.
+          prompt: text, which gets a bos in front, with an encoder an eos behind it, or ids taken as they are;
+            "" and [] are that one token.
           number: of the request's randomness, together with `sampling.seed`: the same two give the same text.
           top_alternatives: how many of the most probable tokens come with each event.
           prompt_log_probabilities: the first event has those of the prompt's tokens, all but the first.
@@ -126,6 +132,8 @@ class Engine:
         Raises:
           ConfigError: a prompt that does not fit in max_length, or ids that the model has not.
         """
+        if self._is_streaming:
+            raise ConfigError("a stream is open: read it to its end, or close it, and then submit")
         tokens = self.prompt_tokens(prompt)
         self._check_prompt("the prompt", tokens)
         self._check_sampling(sampling, top_alternatives)
@@ -186,10 +194,27 @@ class Engine:
         return self._prefix.reused
 
     def step(self) -> list[TokenEvent]:
-        """Goes on with what was submitted, and returns the events that became known; may be none."""
-        self._admit()
-        sent = self._batch.step(may_shrink=not self._waiting)
-        return [self._event(read) for read in self._batch.read(leave=1 if sent else 0)]
+        """Goes on with what was submitted, and returns the events that became known; may be none.
+
+        Where it raises, all requests are lost, and the engine serves others.
+        """
+        try:
+            self._admit()
+            sent = self._batch.step(may_shrink=not self._waiting)
+            return [self._event(read) for read in self._batch.read(leave=1 if sent else 0)]
+        except BaseException:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        """Nothing runs or waits, and caches are made anew: those there were may have been donated."""
+        for request in self._requests.values():
+            request.over = True
+        self._requests.clear()
+        self._waiting.clear()
+        self._group: Prefill | Encoded | None = None
+        self._batch = Batch(self._programs)
+        self._prefix = PrefixCache(self._programs, self._prefix_tokens)
 
     def _admit(self) -> None:
         """Sends a piece of the prompts that wait; where no text is held up by them, all that go in one piece."""
@@ -213,8 +238,12 @@ class Engine:
     def _next_group(self) -> Prefill | Encoded:
         free = self._free_slots()
         if self.has_encoder:
-            count = min(free, len(self._waiting))
-            group = [self._waiting.popleft() for _ in range(count)]
+            group, longest = [], SMALLEST_CHUNK
+            while self._waiting and len(group) < free:
+                longest = max(longest, power_of_two(len(self._waiting[0].prompt)))
+                if group and (len(group) + 1) * longest > self._chunk_tokens:
+                    break
+                group.append(self._waiting.popleft())
             return Encoded(self._programs, group, self.max_length)
         return next_group(
             self._programs, self._waiting, self._prefix, most=free, chunk_tokens=self._chunk_tokens
@@ -280,7 +309,7 @@ class Engine:
         """Yields an event per token as it comes, the rows of a batch in turn.
 
         Args:
-          prompts: text, which gets a bos in front, or ids taken as they are; "" and [] are a bos.
+          prompts: as of `submit`.
           top_alternatives: how many of the most probable tokens come with each event.
           row_numbers: seeds each row's randomness with `config.seed`; None is 0, 1, ... A prompt
             under the same number gives the same text in any batch.
@@ -305,11 +334,13 @@ class Engine:
             for row, number in zip(rows, numbers, strict=True)
         ]
         indices = {request_id: index for index, request_id in enumerate(ids)}
+        self._is_streaming = True
         try:
             while self._requests:
                 for event in self.step():
                     yield dataclasses.replace(event, row=indices[event.row])
         finally:
+            self._is_streaming = False
             for request_id in ids:
                 self.cancel(request_id)
 

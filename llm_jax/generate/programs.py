@@ -1,11 +1,13 @@
 """What of generation runs on the device: the model's own copy of the parameters, and the programs over it.
 
-The parameters are copied: layers apart, since slicing a stacked parameter costs a copy of it per token, and
-matrices in the compute dtype, since they are then read in half the time. On CPU it computes in float32
+The parameters are copied where they are needed otherwise: layers apart, since slicing a stacked parameter
+costs a copy of it per token, and matrices in the compute dtype, since they are then read in half the time. The
+others are the caller's own arrays, which must live as long. On CPU it computes in float32
 whatever the model was trained in: see Precision.for_generation.
 
-Programs have static shapes: rows and places of a cache are powers of two, so there are few of each. All of
-them take the cache that they change as a donation, and none waits for the host.
+Programs have static shapes: rows and places of a cache are powers of two, so there are few of each. A step
+takes the cache that it changes as a donation, and none waits for the host; while a cache gets another size, it
+and the new one are both in memory.
 """
 
 import dataclasses

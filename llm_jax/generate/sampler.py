@@ -25,6 +25,7 @@ from llm_jax.core.config import ConfigError
 
 _BITS_OF_TWO = 0x40000000  # float32 2.0, above every probability
 _LOWEST, _HIGHEST = -(2**31), 2**31 - 1
+_LEAST = 1e-6  # temperature, top_p and penalty below it act as it does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,19 +133,19 @@ class Sampling:
 
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig], method: SamplingMethod) -> "Sampling":
-        """As NumPy arrays."""
+        """As NumPy arrays; what float32 cannot hold is the nearest that it can compute with."""
         floats = lambda values: np.array(list(values), np.float32)  # noqa: E731
         tokens = np.zeros((len(configs), method.bias), np.int32)
         values = np.zeros((len(configs), method.bias), np.float32)
         for row, config in enumerate(configs):
             for place, (token, value) in enumerate(config.logit_bias.items()):
-                tokens[row, place], values[row, place] = token, value
+                tokens[row, place], values[row, place] = token, min(max(value, -1e9), 1e9)
         return cls(
-            floats(c.temperature for c in configs),
+            floats(c.temperature and max(c.temperature, _LEAST) for c in configs),
             np.array([min(c.top_k or _HIGHEST, _HIGHEST) for c in configs], np.int32),
-            floats(c.top_p or 1.0 for c in configs),
+            floats(max(c.top_p or 1.0, _LEAST) for c in configs),
             floats(c.min_p or 0.0 for c in configs),
-            floats(c.repetition_penalty for c in configs),
+            floats(min(max(c.repetition_penalty, _LEAST), 1 / _LEAST) for c in configs),
             tokens,
             values,
         )

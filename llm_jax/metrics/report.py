@@ -4,6 +4,7 @@ Every part is optional but the title: a run without evaluation, or with a single
 its page. The same input gives the same bytes; nothing on the page depends on the time.
 """
 
+import contextlib
 import html
 import json
 import math
@@ -84,13 +85,27 @@ def refresh_report(workdir: str | os.PathLike) -> Path:
     Leaves one that an earlier version has written, which kept no facts.
     """
     workdir = Path(workdir)
-    path = workdir / REPORT_FILE
-    if not (workdir / FACTS_FILE).exists():
+    path, facts_file = workdir / REPORT_FILE, workdir / FACTS_FILE
+    if not facts_file.exists():
         if path.exists():
             return path
-        replace_file(workdir / FACTS_FILE, [b"{}\n"])
+        with contextlib.suppress(FileExistsError), open(facts_file, "x") as file:
+            file.write("{}\n")
+    while True:
+        before = facts_file.read_bytes()
+        _draw(path, json.loads(before or b"{}"))
+        if facts_file.read_bytes() == before:  # the run has not ended meanwhile
+            return path
+
+
+def _draw(path: Path, known: Mapping[str, Any]) -> None:
+    """Writes the page; known: what `write_report` has kept, or nothing."""
+    workdir = path.parent
     columns, resumed = _read_columns(workdir / METRICS_FILE)
-    facts = _facts_of(workdir)
+    facts = {
+        "title": workdir.resolve().name, "config": {}, "summary": {}, "samples": [], "data": {},
+        "compression": [], "environment": {}, **known,
+    }  # fmt: skip
     title, tree = facts["title"], facts["config"]
     sections = [
         f"<header><h1>{html.escape(title)}</h1>{_lead(columns, resumed)}</header>",
@@ -104,15 +119,6 @@ def refresh_report(workdir: str | os.PathLike) -> Path:
         _section("Environment", _facts(facts["environment"], "facts")),
     ]
     replace_file(path, [document(title, sections).encode("utf-8", "replace")])
-    return path
-
-
-def _facts_of(workdir: Path) -> dict[str, Any]:
-    empty = {
-        "title": workdir.resolve().name, "config": {}, "summary": {}, "samples": [], "data": {},
-        "compression": [], "environment": {},
-    }  # fmt: skip
-    return empty | json.loads((workdir / FACTS_FILE).read_bytes())
 
 
 def _scores(workdir: Path) -> str:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import socket
 import struct
 import sys
@@ -130,7 +131,9 @@ def read_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
     """Writes a file under another name and moves it over `path`: readers see all of it or nothing."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # In containers every process may be number 1, and several write to one bucket.
+    writer = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+    partial = path.with_name(f"{path.name}.{writer}.partial")
     try:
         with open(partial, "wb") as file:
             file.writelines(chunks)

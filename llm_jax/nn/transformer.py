@@ -230,7 +230,7 @@ def stacked(make, num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def unstack(model: nnx.Module) -> nnx.Module:
-    """The same model with every Stack's layers apart, for generation; shares no memory with it."""
+    """The same model with every Stack's layers apart, for generation; these share no memory with it."""
     model = nnx.clone(model)
     for _, module in nnx.iter_graph(model):
         if isinstance(module, Stack) and not isinstance(module.layers, nnx.List):

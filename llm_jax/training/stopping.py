@@ -6,14 +6,18 @@ process computes the same sums, so all decide alike without a word.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from llm_jax.training.config import EvalConfig
 
-# The last part of a metric's name, after "_" or "/", that is better when larger: "accuracy",
-# "token_accuracy". All others, the loss first of them, are better when smaller.
-LARGER_IS_BETTER = ("accuracy", "match", "f1", "score")
+# Names of metrics that are better when larger: "accuracy", "token_accuracy", "quiz/accuracy_per_byte",
+# the harness's "hellaswag/acc_norm". All others, the loss first of them, are better when smaller.
+_LARGER_IS_BETTER = re.compile(
+    r"(^|[/_])(accuracy|match|f1|score|bleu|chrf)$"
+    r"|(^|/)(accuracy_per_\w+|acc(_norm|_bytes|_mutual_info)?|exact_match\w*|pass@\d+|layer/\d+)(/|$)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,4 +55,4 @@ def after(state: Stopping | None, metric: str, step: int, metrics: Mapping[str, 
 
 
 def is_larger_better(metric: str) -> bool:
-    return metric.replace("/", "_").rpartition("_")[2] in LARGER_IS_BETTER
+    return _LARGER_IS_BETTER.search(metric) is not None

@@ -34,7 +34,7 @@ def test_one_has_it_until_it_is_given_free(tmp_path):
 def test_a_dead_one_is_taken_over_and_a_slow_one_notices(tmp_path):
     first, second, third = (Claims(tmp_path, name) for name in "abc")
     slow = first.take(5)
-    age(first, 100)
+    age(first, 1000)
     assert second.holder(5) is None
     new = second.take(5)
     assert new is not None
@@ -82,7 +82,7 @@ def test_of_many_one_wins_each(tmp_path, dead):
     if dead:
         for step in range(40):
             claims.take(step)
-        age(claims, 100)
+        age(claims, 1000)
     context = multiprocessing.get_context("spawn")
     barrier, won = context.Barrier(4), context.Queue()
     processes = [context.Process(target=race, args=(tmp_path, barrier, won)) for _ in range(4)]

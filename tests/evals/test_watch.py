@@ -183,8 +183,50 @@ def test_one_that_was_too_slow_leaves_the_step_to_who_took_over(saved):
 
     job, said = watcher(saved, score)
     job.run(once=True)
-    assert "taken over by another job" in said[-1]
+    assert "taken over by another job" in "".join(said)
     assert scored_steps(saved) == []
+
+
+def test_a_step_that_is_written_anew_is_scored_after_all(saved):
+    """And one whose scores lack what this job asks is not done, but keeps them."""
+    folder, broken = saved / "checkpoints" / "1", [True]
+
+    def score(step):
+        if broken:
+            raise ConfigError("cannot be read")
+        return Evaluation(step, {"harness/a/acc": 1.0})
+
+    job, said = watcher(saved, score, labels=("harness",))
+    job.run(once=True)
+    assert job.failed == {1: "cannot be read"}
+    broken.clear()
+    os.utime(folder, ns=(0, 0))
+    Evaluation(1, {"loss": 2.0}).save(saved)
+    job.run(once=True)
+    assert job.failed == {}
+    assert read_scores(saved) == {1: {"loss": 2.0, "harness/a/acc": 1.0}}
+    job.run(once=True)
+    assert "nothing is left to score" in said[-1]
+
+
+def test_a_problem_of_what_was_asked_counts_as_an_answer(saved):
+    asked = []
+
+    def score(step):
+        asked.append(step)
+        return Evaluation(step, {"loss": 1.0}, problems=["harness: no such task"])
+
+    job, _ = watcher(saved, score, labels=("harness",))
+    job.run(once=True)
+    watcher(saved, score, labels=("harness",))[0].run(once=True)
+    assert asked == [1]
+
+
+def test_what_nobody_can_be_asked_ends_the_job(saved, monkeypatch):
+    with pytest.raises(RunError, match="did you mean 'multiple_choice'"):
+        evaluate(monkeypatch, saved, "--once", "--config.eval.tasks.0.name=multiple_chose")
+    with pytest.raises(ConfigError, match="no checkpoints at"):
+        evaluate(monkeypatch, saved / "nowhere", "--once")
 
 
 def test_nothing_to_measure_ends_the_job(saved):
@@ -206,6 +248,7 @@ def test_nothing_to_measure_ends_the_job(saved):
         (["--workdir", "a", "--watch", "--step", "3"], "--step goes with one checkpoint"),
         (["--workdir", "a", "--once", "--takeover_after", "0"], "0.0 must be at least 1"),
         (["--workdir", "a", "--batch_size", "-3"], "--batch_size -3 must be at least 1"),
+        (["--compare", "a", "b", "--step", "3"], "--compare takes two runs, DIR or DIR@STEP"),
     ],
 )
 def test_flags_that_do_not_go(flags, said, monkeypatch):

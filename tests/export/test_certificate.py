@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.flags import RunError
-from llm_jax.export import certificate, hf, quantized
+from llm_jax.export import certificate, hf, quantized, stablehlo
 from llm_jax.export.certificate import EXACT, Reference, verify
 from llm_jax.export.certified import export_certified
 from llm_jax.export.outputs import Figures, compared
@@ -73,7 +73,8 @@ def test_every_family_is_certified_by_what_it_computes(tmp_path, name):
         assert found["trained_perplexity"] == found["exported_perplexity"] > 100
         assert found["equal_tokens"] == 1
         assert found["predicted"] > 50
-    assert set(content["files"]) >= {"config.json", "model.safetensors", "README.md"}
+    assert set(content["files"]) >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert "README.md" not in content["files"]
     assert content["step"] == 3
     assert content["parameters"] == sum(x.size for x in jax.tree.leaves(params(loaded(name).model)))
 
@@ -128,6 +129,34 @@ def test_rows_where_the_trained_model_is_not_finite_are_left_out(tmp_path):
     assert content["figures"]["logits"]["positions"] == rows * tokens.shape[1] < tokens.size
 
 
+def test_a_model_without_numbers_is_not_certified(tmp_path):
+    it = loaded_of(MODELS["llama"])
+    it.trained.embed[...] = it.trained.embed[...].at[ord("e")].set(np.nan)
+    with pytest.raises(RunError, match="logits are not finite on every text: there is nothing"):
+        certified(hf.make(**QUIET), it, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RunError, match="logits are not finite anywhere: there is nothing"):
+        certificate._check("logits", Figures(0, 0.0, 0.0), EXACT)
+
+
+def test_another_machine_may_round_as_the_format_does(tmp_path):
+    rng = np.random.default_rng(0)
+    logits = 0.1 * rng.standard_normal((1, 200, 30)).astype(np.float32)
+    answers = [{"logits": logits}]
+    _, digest = compared("logits", [(answers[0], answers[0])], np.zeros((1, 200), np.int32))
+    rounded = [{"logits": logits + np.float32(0.004)}]  # bfloat16 from one program to another
+    exact, loose = (
+        stablehlo.make(stablehlo.Config(compute_dtype=dtype), **QUIET).tolerances.elsewhere
+        for dtype in ("float32", "bfloat16")
+    )
+    certificate._check_answers(tmp_path, "logits", digest, rounded, loose)
+    with pytest.raises(RunError, match="logits are not those that were certified"):
+        certificate._check_answers(tmp_path, "logits", digest, rounded, exact)
+    wrong = [{"logits": logits + np.float32(0.04)}]
+    with pytest.raises(RunError, match="logits are not those that were certified"):
+        certificate._check_answers(tmp_path, "logits", digest, wrong, loose)
+
+
 def test_a_flipped_weight_is_found(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"].view(np.uint32)[5] ^= 1
@@ -139,7 +168,7 @@ def test_a_flipped_weight_is_found(folder):
     one_line(error)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "README.md"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
 def test_a_changed_file_is_named(folder, name):
     content = bytearray((folder / name).read_bytes())
     content[40] ^= 1
@@ -149,6 +178,14 @@ def test_a_changed_file_is_named(folder, name):
     (folder / name).write_bytes(content + b" ")
     with pytest.raises(RunError, match=rf"{name} has .* bytes, and what was certified"):
         verify(folder)
+
+
+def test_the_card_is_its_readers_to_complete(folder):
+    with (folder / "README.md").open("a") as card:
+        card.write("\n## Licence\n\nMIT\n")
+    verify(folder)
+    (folder / "README.md").unlink()
+    verify(folder)
 
 
 def test_missing_and_added_files_are_named(folder):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from exports import GEMMA2, GEMMA3, GPT2, LLAMA, MIXTRAL, MODELS, SIZES, certified, loaded_of
+from tokenizer_kinds import train_like_llama
 
 from llm_jax.core.config import ConfigError, component, parse
 from llm_jax.data.tokenizers import huggingface, sentencepiece, tiktoken
@@ -59,7 +60,7 @@ CASES = {
 FAST = ("llama", "gemma2", "mixtral")
 TEXTS = (
     "def f(x):\n    return  x\r\n\n\t# end  ",
-    " one  two Three, it's 1234567 don 't . ",
+    " one  two Three, it's <x> 1234567 don 't .<x>x   ",
     "中文 字符 é é ﬁ Ａ 😀👨‍👩‍👧 ﻿ ",
     "\x01\x7f <s></s><unk><pad><|endoftext|><0x41> [MASK]",
     "",
@@ -202,7 +203,11 @@ def tokenizers(tmp_path):
         "gpt2": tiktoken.make(tiktoken.Config(encoding=str(path), pattern_of="r50k_base")),
         "gpt4": tiktoken.make(tiktoken.Config(encoding=str(path), pattern_of="cl100k_base")),
     }
-    for name in ("sentencepiece", "gpt4"):
+    for name, pieces in {"pieces": ["<x>"], "spaces": ["▁▁", "<x>"]}.items():
+        path = tmp_path / f"{name}.model"
+        path.write_bytes(train_like_llama(user_defined_symbols=pieces, add_dummy_prefix=False))
+        made[name] = sentencepiece.make(sentencepiece.Config(path=str(path)))
+    for name in ("sentencepiece", "gpt4", "pieces"):
         made[name].save_huggingface(tmp_path / name)
         config = huggingface.Config(path=str(tmp_path / name))
         made[f"{name} as tokenizer.json"] = huggingface.make(config)
@@ -222,6 +227,95 @@ def test_unigrams_and_unknown_patterns_are_refused(tmp_path):
         ConfigError, match=r"word patterns have none like this tokenizer's; .* gpt-2"
     ):
         gguf_vocabulary.vocabulary_of(odd)
+
+
+def test_a_tokenizer_json_that_does_more_than_sentencepiece_is_refused(tmp_path):
+    it = trained_sentencepiece()
+    it.save_huggingface(tmp_path)
+
+    def metaspace(**fields):
+        return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", **fields}
+
+    at_spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
+                 "invert": False}  # fmt: skip
+    swap = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    for change, said in [
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase cannot be written for other"),
+        ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "words by Digits"),
+        ({"pre_tokenizer": metaspace(split=True)}, "words by Metaspace"),
+        ({"pre_tokenizer": at_spaces}, "words by Split"),
+        ({"model": {"ignore_merges": True}}, "ignore_merges"),
+        ({"pre_tokenizer": metaspace(split=False)}, None),
+        ({"pre_tokenizer": at_spaces, "normalizer": swap}, None),  # as Gemma has it
+    ]:
+        content = json.loads((tmp_path / "tokenizer.json").read_text())
+        change = {**change, "model": {**content["model"], **change.get("model", {})}}
+        described = {**content, **change}
+        if said is None:
+            found = gguf_vocabulary._of_fallback(described, it.vocab_size)
+            assert not found.space_prefix
+            continue
+        with pytest.raises(ConfigError, match=said) as error:
+            gguf_vocabulary._of_fallback(described, it.vocab_size)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_user_defined_pieces_are_those_of_the_raw_text(tmp_path, as_json):
+    for prefix in (False, True):
+        folder = tmp_path / str(prefix)
+        folder.mkdir()
+        model = train_like_llama(user_defined_symbols=["▁▁", "<x>"], add_dummy_prefix=prefix)
+        (folder / "own.model").write_bytes(model)
+        it = sentencepiece.make(sentencepiece.Config(path=str(folder / "own.model")))
+        if as_json:
+            it.save_huggingface(folder)
+            it = huggingface.make(huggingface.Config(path=str(folder)))
+        if prefix:
+            with pytest.raises(ConfigError, match="user-defined pieces and puts a space before"):
+                gguf_vocabulary.vocabulary_of(it)
+            continue
+        found = gguf_vocabulary.vocabulary_of(it)
+        own = [t for t, kind in zip(found.tokens, found.types, strict=True) if kind == 4]
+        assert own == ["  ", "<x>"]
+        assert "▁t" in found.tokens
+
+
+def byte_level(**fields):
+    return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, **fields}
+
+
+def split(**fields):
+    pattern = {"Regex": tiktoken.ENCODINGS["cl100k_base"].huggingface_pattern}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False, **fields}
+
+
+@pytest.mark.parametrize(
+    ("steps", "has_merges", "name"),
+    [
+        ([split(), byte_level()], True, "dbrx"),
+        ([byte_level(use_regex=True)], True, "gpt-2"),
+        ([byte_level()], False, "gpt-2"),
+        ([byte_level()], True, None),
+        ([split()], True, None),
+        ([split()], False, None),
+        ([], False, None),
+        ([], True, None),
+        ([split(), byte_level(add_prefix_space=True)], True, None),
+        ([byte_level(add_prefix_space=True)], False, None),
+        ([split(behavior="Removed"), byte_level()], True, None),
+        ([split(invert=True), byte_level()], True, None),
+        ([byte_level(), split()], True, None),
+        ([split(), byte_level(), byte_level()], True, None),
+    ],
+)
+def test_words_are_cut_as_llama_cpp_does_or_refused(steps, has_merges, name):
+    description = {"model": {}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    if name is not None:
+        assert gguf_vocabulary._pattern(description, has_merges=has_merges) == name
+        return
+    with pytest.raises(ConfigError, match="word patterns have none like this"):
+        gguf_vocabulary._pattern(description, has_merges=has_merges)
 
 
 def test_rows_without_a_token_are_told(tmp_path):
@@ -307,7 +401,7 @@ def test_llama_cpp_reads_fewer_bits(tmp_path, dtype):
 @pytest.mark.slow
 def test_llama_cpp_tokenizes_as_we_do(tmp_path):
     for name, tokenizer in {**tokenizers(tmp_path), "raw bytes": None}.items():
-        config = Config(**SIZES | {"vocab_size": 330})
+        config = Config(**SIZES | {"vocab_size": 510})
         it = loaded_of(config, **({} if tokenizer is None else {"tokenizer": tokenizer}))
         folder = tmp_path / "exported" / name
         gguf.make(**QUIET).export(it.model, it.tokenizer, it.run, folder)

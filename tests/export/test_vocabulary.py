@@ -101,6 +101,9 @@ def test_what_plain_python_cannot_follow_is_refused_in_a_line(made, tmp_path):
         ("hf_byte_level", "cut by"): lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(
             pattern={"Regex": r"(?<=a)b|.+"}
         ),
+        ("hf_llama", "byte fallback and ignore_merges"): lambda c: c["model"].update(
+            ignore_merges=True
+        ),
         ("hf_llama", "no byte fallback"): lambda c: c["model"].update(byte_fallback=False),
         ("hf_llama", "model WordPiece"): lambda c: c.update(
             decoder={"type": "WordPiece", "prefix": "##", "cleanup": False},
@@ -114,7 +117,9 @@ def test_what_plain_python_cannot_follow_is_refused_in_a_line(made, tmp_path):
             vocabulary(changed_json(made, kind, tmp_path / str(number), change))
         assert "\n" not in str(error.value)
         assert "choices: raw_bytes, tiktoken" in str(error.value)
-    with pytest.raises(ConfigError, match="tokenizer 'object' cannot be done"):
+    with pytest.raises(
+        ConfigError, match="tokenizer 'object' cannot be written for other programs"
+    ):
         vocabulary(object())
 
 

@@ -210,3 +210,23 @@ def test_top_k_keeps_k_of_any_floats():
             wanted = np.zeros(values.shape, bool)
             np.put_along_axis(wanted, order[:, :k], True, axis=-1)
             np.testing.assert_array_equal(mask, wanted)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_p": 1e-40},
+        {"temperature": 1e-39},
+        {"repetition_penalty": 1e-46},
+        {"logit_bias": {3: 1e308, 4: 1e307}},
+    ],
+    ids=str,
+)
+def test_what_float32_cannot_hold_is_the_nearest_that_it_can(fields):
+    """Each of these means the most probable token, or the one with the bias."""
+    logits = jnp.array([[0.0, 5.0, 1.0, 2.0, -3.0]] * 4)
+    keys = jax.random.split(jax.random.key(0), 4)
+    seen = jnp.zeros(logits.shape, bool).at[:, 1].set(True)
+    config = SamplingConfig(**{"temperature": 1e-3, **fields})
+    tokens, _ = sample(logits, keys, config, seen)
+    assert tokens.tolist() == [3 if "logit_bias" in fields else 1] * 4

@@ -317,3 +317,53 @@ def test_on_a_mesh_as_on_one_device(engine):
     assert got[0] == got[1]
     keys = spread._batch._cache.keys[0]
     assert keys.sharding.spec[0] == "tensor"
+
+
+def test_a_step_that_fails_loses_its_requests_and_no_others(engine, monkeypatch):
+    """The cache was donated to a program whose result never came."""
+    greedy = SamplingConfig(temperature=0.0, max_tokens=6)
+    expected = solo(engine, [5, 6, 7], greedy)
+    lost = engine.submit([5, 6, 7], greedy)
+    engine.submit([8, 9], greedy)
+    step = engine._programs.step
+
+    def failing(*arguments):
+        step(*arguments)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._programs, "step", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(engine)
+    monkeypatch.setattr(engine._programs, "step", step)
+    assert not engine.has_work
+    assert engine.num_running == engine.num_waiting == 0
+    engine.cancel(lost)
+    assert solo(engine, [5, 6, 7], greedy) == expected
+
+
+def test_an_open_stream_has_the_engine_to_itself(engine):
+    stream = engine.stream([[5, 6]], SamplingConfig(temperature=0.0, max_tokens=4))
+    first = next(stream)
+    with pytest.raises(ConfigError, match="a stream is open"):
+        engine.submit([7], SamplingConfig())
+    rest = list(stream)
+    assert [event.index for event in (first, *rest)] == [0, 1, 2, 3]
+    engine.cancel(engine.submit([7], SamplingConfig()))
+
+
+def test_greedy_texts_pay_no_longer_for_a_neighbour_that_has_ended(engine):
+    engine.submit([5, 6], SamplingConfig(temperature=0.0, max_tokens=12))
+    engine.submit([7], SamplingConfig(top_k=3, top_p=0.5, max_tokens=2), top_alternatives=4)
+    events = run(engine)
+    assert sorted(map(len, events.values())) == [2, 12]
+    assert not engine._batch._method.drawn
+    assert engine._batch._num_best == 0
+
+
+def test_an_encoder_reads_no_more_than_its_model():
+    config = EncoderDecoderConfig(
+        vocab_size=259, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16, max_length=32
+    )
+    model = make_encoder_decoder(config, precision=Precision(), rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match="whose encoder reads no more"):
+        Engine(model, RawBytesTokenizer(), max_length=64)

@@ -34,9 +34,14 @@ def test_the_best_evaluation():
 
 
 def test_what_is_better():
-    larger = ("accuracy", "token_accuracy", "pair/accuracy", "exact_match", "f1", "answer/f1")
+    larger = (
+        "accuracy", "token_accuracy", "pair/accuracy", "exact_match", "f1", "answer/f1",
+        "quiz/accuracy_per_byte", "code/pass@10", "generation/bleu", "linear_probe/layer/3",
+        "harness/hellaswag/acc_norm", "harness/gsm8k/exact_match/strict-match", "exact_match_beams",
+    )  # fmt: skip
     assert all(map(is_larger_better, larger))
-    smaller = ("loss", "cross_entropy", "perplexity", "moe/load_balance", "accuracy_gap")
+    smaller = ("loss", "cross_entropy", "perplexity", "moe/load_balance", "accuracy_gap",
+               "bits_per_byte/match", "quiz/calibration_error", "bias/gap")  # fmt: skip
     assert not any(map(is_larger_better, smaller))
 
 

@@ -95,16 +95,16 @@ def load(path):
 
     Gives arrays by name; under "layers" those of each layer.
     """
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    data = np.memmap(path, np.uint8, "r")  # read from the file where it is needed
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
     dtypes = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "U8": "u1"}
     params = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         begin, end = entry["data_offsets"]
-        x = np.frombuffer(data[start + begin : start + end], dtypes[entry["dtype"]])
+        x = np.asarray(data[start + begin : start + end]).view(dtypes[entry["dtype"]])
         if entry["dtype"] == "BF16":  # the upper half of a float32
             x = (x.astype("<u4") << 16).view("<f4")
         elif entry["dtype"] == "F16":

@@ -141,7 +141,7 @@ class Tokenizer:
         # are rounded to float32, as SentencePiece's are.
         best = [(np.float32(0), 0, None)] + [(np.float32(-np.inf), 0, None)] * len(text)
         for start in range(len(text)):
-            tokens = [(start + 1, given.unknown_score, None)]
+            tokens = [(start + 1, np.float32(given.unknown_score), None)]
             tokens = [] if text[start] in self.known else tokens
             for end in range(start + 1, min(start + self.longest, len(text)) + 1):
                 if text[start:end] in self.known:
