@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_from_records_to_an_export(run_python, folder, tmp_path):
     work, data = tmp_path / "work", folder / "pairs.jsonl"
     result = run_python("-m", "llm_jax.train", "--config", folder / "pairs.py", "--workdir", work,

@@ -251,6 +251,7 @@ def test_signals_are_passed_on_and_are_no_failure(capfdbinary):
     assert output.count(b"saved") == 2, output
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_is_killed(run):
     arguments = ("--processes", 2, "--devices_per_process", 2, "--grace", 3, "--", *run.flags)
     launched = run.python("local.py", *arguments)

@@ -33,6 +33,7 @@ def start(run: TinyRun, address: str, *options):
                       *variables, *options, "--", *run.flags)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_lost_process_restarts_the_run(address, run):
     launched = start(run, address, "--max_restarts", 1)
     run.kill_one(after_step=0)

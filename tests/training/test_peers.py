@@ -108,10 +108,8 @@ def run(corpus):
         job.stop()
 
 
-COORDINATOR = pytest.param(3, 0, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("count", "victim"), [(2, 1), COORDINATOR])
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "victim"), [(2, 1), (3, 0)])
 def test_a_killed_process_ends_the_run_and_is_named(run, count, victim):
     job = run(count)
     job.wait_for_step(5)

@@ -95,6 +95,7 @@ def check(mode, chain, corpus):
     np.testing.assert_allclose(list(found.values()), list(expected.values()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpoints_pass_between_all_setups(corpus):
     chain = ["one", "four", "pair", "four_tensor", "eight"]
     check("shards", chain, corpus)
