@@ -1,6 +1,5 @@
 """The application: endpoints, and the page as files of this package."""
 
-import contextlib
 import importlib.resources
 from collections.abc import Awaitable, Callable
 
@@ -9,9 +8,10 @@ from fastapi import FastAPI, Response
 from llm_jax.serve.chat_completions import chat
 from llm_jax.serve.completions import complete
 from llm_jax.serve.errors import ApiError, handle_errors
-from llm_jax.serve.guard import Guard
-from llm_jax.serve.measures import CONTENT_TYPE_LATEST
+from llm_jax.serve.guard import Guard, Receive, Send
+from llm_jax.serve.measures import CONTENT_TYPE_LATEST, Measures
 from llm_jax.serve.page_stream import NUM_ALTERNATIVES, generate
+from llm_jax.serve.replies import FAILED
 from llm_jax.serve.requests import (
     ChatRequest,
     CompletionRequest,
@@ -32,9 +32,14 @@ _PAGE = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 _OPEN = frozenset({*_PAGE, "/health"})
+_COUNTED = {
+    "/v1/completions": "completions",
+    "/v1/chat/completions": "chat_completions",
+    "/api/generate": "generate",
+}
 
 
-def make_app(service: Service) -> Guard:
+def make_app(service: Service) -> "Counted":
     """The service's ASGI application."""
     # No /docs: those pages come with scripts of another site.
     app = FastAPI(title="llm_jax", docs_url=None, redoc_url=None)
@@ -42,19 +47,18 @@ def make_app(service: Service) -> Guard:
     _openai(app, service)
     _page(app, service)
     _operations(app, service)
-    return Guard(app, service.config, _OPEN)
+    guarded = Guard(app, service.config, _OPEN)
+    return Counted(guarded, service.worker.measures)
 
 
 def _openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest) -> Response:
-        with _counted(service, "completions") as answer:
-            return await answer(complete(service, body))
+        return await complete(service, body)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest) -> Response:
-        with _counted(service, "chat_completions") as answer:
-            return await answer(chat(service, body))
+        return await chat(service, body)
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -99,8 +103,7 @@ def _page(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/generate")
     async def api_generate(body: PageRequest) -> Response:
-        with _counted(service, "generate") as answer:
-            return await answer(generate(service, body))
+        return await generate(service, body)
 
     @app.post("/api/score")
     async def score(body: TokensRequest) -> Response:
@@ -145,18 +148,27 @@ def _json(content: bytes) -> Response:
     return Response(content, media_type="application/json")
 
 
-@contextlib.contextmanager
-def _counted(service: Service, endpoint: str):
-    """Counts a request by how it was taken: "ok", or the status of the error."""
-    requests = service.worker.measures.requests
+class Counted:
+    """An ASGI application that counts the requests of another by how they ended: "ok", or the error's status."""
 
-    async def answer(made: Awaitable[Response]) -> Response:
-        response = await made
-        requests.labels(endpoint, "ok").inc()
-        return response
+    def __init__(self, app, measures: Measures):
+        self._app, self._requests = app, measures.requests
 
-    try:
-        yield answer
-    except ApiError as error:
-        requests.labels(endpoint, str(error.status)).inc()
-        raise
+    async def __call__(self, scope: dict, receive: Receive, send: Send) -> None:
+        endpoint = _COUNTED.get(scope["path"])
+        if endpoint is None:
+            return await self._app(scope, receive, send)
+        status = None
+
+        async def watched(message: dict) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            status = scope.get(FAILED, status)
+            if status is not None:
+                self._requests.labels(endpoint, "ok" if status == 200 else str(status)).inc()

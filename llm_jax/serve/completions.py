@@ -33,6 +33,9 @@ async def complete(service: Service, request: CompletionRequest) -> Response:
         await reply.accepted()
         if request.echo:
             await answer.read_prompts()
+    except ApiError as error:
+        reply.fail(error)
+        raise
     except BaseException:
         reply.drop()
         raise
@@ -168,8 +171,9 @@ class _Choice:
         self._texts.append(text)
         if scores is not None:
             name = self._vocabulary.text
-            offset = 0
             spelled = self._vocabulary.spelled(ids)
+            # Below 0: some tokenizers put a space before a text, which is not of the text.
+            offset = min(0, len(text) - sum(map(len, spelled)))
             for place, token in enumerate(ids):
                 log, best = "null", "null"
                 if place > 0:
@@ -180,7 +184,7 @@ class _Choice:
                         strict=True,
                     )
                     best = self._best(token, log, pairs)
-                self._rows.append((name(token), log, best, offset))
+                self._rows.append((name(token), log, best, max(offset, 0)))
                 offset += len(spelled[place])
         self._length = len(text)
 

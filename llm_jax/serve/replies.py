@@ -12,6 +12,7 @@ from fastapi import Response
 from llm_jax.serve.errors import ApiError
 from llm_jax.serve.worker import Reply
 
+FAILED = "llm_jax.failed"  # in a scope: the status that came too late for a stream's head
 _PATIENCE = 5.0  # seconds
 _JSON = [(b"content-type", b"application/json")]
 _EVENTS = [
@@ -58,8 +59,10 @@ class Events(Response):
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 last = self._end
             except ApiError as error:
+                scope[FAILED] = error.status
                 last = b"data: " + error.body() + b"\n\n"
             except TimeoutError:
+                scope[FAILED] = 504
                 last = b""
             await send({"type": "http.response.body", "body": last})
 

@@ -1,6 +1,7 @@
 """What a server allows, and where it listens."""
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -45,8 +46,8 @@ class ServeConfig:
             raise ConfigError(f"--max_queue {self.max_queue} must be at least 0")
         if not self.timeout > 0:
             raise ConfigError(f"--timeout {self.timeout} must be above 0")
-        if not self.drain >= 0:
-            raise ConfigError(f"--drain {self.drain} must be at least 0")
+        if not 0 <= self.drain < math.inf:
+            raise ConfigError(f"--drain {self.drain} must be at least 0, and finite")
 
 
 def read_api_key(file: Path | None) -> str | None:

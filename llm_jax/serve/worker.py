@@ -11,10 +11,12 @@ happens to the connection.
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 from llm_jax.generate.engine import Engine
@@ -48,12 +50,17 @@ class Job:
         alternatives: int = 0,
         stop_tokens: frozenset[int] = frozenset(),
     ):
-        self.make_prompt, self.sampling, self.number = make_prompt, sampling, number
+        # Gone once it was called: what is cached by the engine would keep one that has failed.
+        self.make_prompt: MakePrompt | None = make_prompt
+        self.sampling, self.number = sampling, number
         self.alternatives, self.stop_tokens = alternatives, stop_tokens
         self.prompt: list[int] | None = None
         self.count = 0
         self.first_at = 0.0
-        self.request_id: int | None = None  # the engine's; of the engine's thread alone
+        # Of the engine's thread alone: the engine's id; tokens so far, and how much of their text is told.
+        self.request_id: int | None = None
+        self.tokens: list[int] = []
+        self.told = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +123,16 @@ class Reply:
 
     def drop(self, error: ApiError | None = None) -> None:
         """Ends what still runs; a caller that waits gets the error. May be called at any time, twice too."""
+        self._worker.measures.cancelled.inc(self.open)
+        self.fail(error or ApiError(499, "the client has left"))
+
+    def fail(self, error: ApiError) -> None:
+        """`drop` for what was refused or went wrong here, which does not count as cancelled."""
         if self.open:
             self._worker.drop(self)
-            self._fail(error or ApiError(499, "the client has left"))
-
-    def _fail(self, error: ApiError) -> None:
-        self._error, self.open = error, 0
-        self._timer.cancel()
-        self._wake.set()
+            self._error, self.open = error, 0
+            self._timer.cancel()
+            self._wake.set()
 
     def _receive(self, job: Job, content: TokenEvent | _Accepted | ApiError) -> None:
         if not self.open:
@@ -132,7 +141,7 @@ class Reply:
             job.prompt = content.prompt
             self._unaccepted -= 1
         elif isinstance(content, ApiError):
-            self.drop(content)
+            self.fail(content)
         else:
             self._arrived.append((job, content))
             job.count += 1
@@ -193,7 +202,6 @@ class Worker:
 
     def drop(self, reply: Reply) -> None:
         self._replies.discard(reply)
-        self.measures.cancelled.inc(reply.open)
         self._commands.put(lambda: self._cancel(reply))
 
     def refuse(self, why: str) -> None:
@@ -270,6 +278,7 @@ class Worker:
         for job in reply.jobs:
             try:
                 tokens = list(job.make_prompt(self.engine))
+                job.make_prompt = None
                 job.request_id = self.engine.submit(
                     tokens, job.sampling, number=job.number, top_alternatives=job.alternatives
                 )
@@ -291,12 +300,22 @@ class Worker:
         jobs, messages = self._jobs, self._messages
         for event in self.engine.step():
             reply, job = jobs[event.row]
-            if event.token in job.stop_tokens and event.stop_reason is None:
-                self.engine.cancel(event.row)
-                event = dataclasses.replace(event, stop_reason="stop")
+            if job.stop_tokens:
+                event = self._until_mark(job, event)
             if event.stop_reason is not None:
                 del jobs[event.row]
             messages.append((reply, job, event))
+
+    def _until_mark(self, job: Job, event: TokenEvent) -> TokenEvent:
+        """At an end mark the last event, with the text that the engine held back for stops or UTF-8."""
+        if event.token not in job.stop_tokens or event.stop_reason in ("eos", "stop"):
+            job.tokens.append(event.token)
+            job.told += len(event.text)
+            return event
+        self.engine.cancel(event.row)
+        content = b"".join(self.engine.tokenizer.decode_bytes([token]) for token in job.tokens)
+        text = content.decode("utf-8", errors="replace")[job.told :]
+        return dataclasses.replace(event, text=text, stop_reason="stop")
 
     def _recover(self, error: Exception) -> None:
         """What ran is lost; a new engine takes what comes."""
@@ -304,7 +323,12 @@ class Worker:
         told = ApiError(500, "the engine failed on this request")
         self._messages += [(reply, job, told) for reply, job in self._jobs.values()]
         self._jobs.clear()
-        self.engine = None  # its memory, before another one takes as much
+        # Its memory, before another one takes as much: frames that failed hold it, and cycles do.
+        self.engine, failed = None, error
+        while failed is not None:
+            traceback.clear_frames(failed.__traceback__)
+            failed = failed.__context__
+        gc.collect()
         try:
             self.engine = self._make_engine()
         except Exception as again:

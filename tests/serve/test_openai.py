@@ -260,6 +260,13 @@ def test_what_is_measured(server, client):
     complete(client, max_tokens=7, n=2)
     assert [read(name) for name in names] == [before[0] + 14, before[1] + 2, before[2] + 1]
     assert read("llm_jax_running_completions") == 0
+    refused = 'llm_jax_requests_total{endpoint="completions",status="400"} '
+    counts = []
+    for _ in range(2):
+        page = server.get("/metrics")[2].decode().splitlines()
+        counts += [float(line.split()[-1]) for line in page if line.startswith(refused)] or [0.0]
+        server.post("/v1/completions", {"prompt": "a", "unknown": 1})
+    assert counts[1] == counts[0] + 1
 
 
 def test_pieces_of_the_vocabulary_are_named(client):

@@ -1,6 +1,5 @@
 """Who may ask, what is limited, and how a server starts and ends."""
 
-import asyncio
 import http.client
 import json
 import os
@@ -116,7 +115,7 @@ def test_large_bodies(server):
 
 def test_heads_without_an_end(server):
     """Neither a long header nor many of them fill the memory."""
-    for header in (b"X: " + b"a" * (1 << 18), b"X: y\r\n" * (1 << 15)):
+    for header in (b"X: " + b"a" * (1 << 20), b"X: y\r\n" * (1 << 18)):
         try:
             answer = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + header)
         except ConnectionError:
@@ -124,45 +123,6 @@ def test_heads_without_an_end(server):
         assert answer.startswith(b"HTTP/1.1 400")
     long = b"Host: localhost\r\nX: " + b"a" * 60_000 + b"\r\nConnection: close\r\n\r\n"
     assert b" 200 " in raw(server, b"GET /health HTTP/1.1\r\n" + long).split(b"\r\n")[0]
-
-
-def test_heads_that_do_not_come():
-    """The protocol itself: 20 seconds are too long for a test."""
-    from uvicorn import Config
-    from uvicorn.server import ServerState
-
-    from llm_jax.serve import protocol
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"ok"})
-
-    async def ask(port, *parts, wait=0.0):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        for part in parts:
-            writer.write(part)
-            await asyncio.sleep(wait)
-        answer = await asyncio.wait_for(reader.read(), 5)
-        writer.close()
-        return answer
-
-    async def main():
-        config, state = Config(app, log_level="error", lifespan="off"), ServerState()
-        config.load()
-        make = lambda: protocol.BoundedHeads(config=config, server_state=state, app_state={})  # noqa: E731
-        server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        good = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
-        assert (await ask(port, good)).endswith(b"ok\r\n0\r\n\r\n")
-        assert b"in time" in await ask(port)
-        assert b"in time" in await ask(port, *[b"G", b"E", b"T", b" ", b"/"], wait=0.05)
-        server.close()
-
-    seconds, protocol.HEAD_SECONDS = protocol.HEAD_SECONDS, 0.2
-    try:
-        asyncio.run(main())
-    finally:
-        protocol.HEAD_SECONDS = seconds
 
 
 def cancelled(server) -> float:
@@ -287,6 +247,7 @@ def test_the_end(chat_run):
         (("--workdir", "x", "--port", "70000"), "--port 70000 must lie in"),
         (("--workdir", "x", "--num_slots", "0"), "--num_slots 0 must be at least 1"),
         (("--workdir", "x", "--timeout", "nan"), "--timeout nan must be above 0"),
+        (("--workdir", "x", "--drain", "inf"), "--drain inf must be at least 0, and finite"),
         (("--workdir", "x", "--host", "no.such.host.invalid"), "there is no such address"),
         (
             ("--workdir", "x", "--api_key_file", "pyproject.toml"),

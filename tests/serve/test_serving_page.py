@@ -216,6 +216,38 @@ def test_with_the_keyboard_alone(open_page):
     finished(page)
     assert ids(page)[:12] == before[:12]
     assert ids(page)[12].split(", ")[0].replace(" ", "␣") == piece
+    assert page.locator(".token:nth-child(13):focus").count() == 1
+
+
+def test_a_wrong_field_in_what_is_closed_is_shown(open_page):
+    page = open_page()
+    page.fill("#prompt", "def main(")
+    page.locator("#temperature").evaluate("node => { node.value = 3; }")
+    for submit in (lambda: page.click("#go"), lambda: page.press("#prompt", "Control+Enter")):
+        page.locator("#sampling").evaluate("node => { node.open = false; }")
+        submit()
+        page.wait_for_selector("#sampling[open]")
+    assert page.locator("#work").is_hidden()
+    generate(page, temperature=0.123)
+
+
+def test_while_a_token_loads_the_heads_of_the_one_before_are_gone(open_page):
+    page = open_page()
+    generate(page)
+    page.click(".token:nth-child(8)")
+    page.wait_for_selector("#heads .cell")
+    page.wait_for_selector("#lens td")
+    held = []
+    page.route(re.compile("/api/(attention|lens)"), lambda route: held.append(route))
+    page.click(".token:nth-child(9)")
+    page.wait_for_selector("#chosen-piece")
+    assert page.locator("#heads .cell, #most li, #lens td").count() == 0
+    while len(held) < 2:
+        page.wait_for_timeout(10)
+    for route in held:
+        route.continue_()
+    page.hover("#heads .cell >> nth=1")
+    assert page.text_content("#head-now") == "Layer 1, head 2"
 
 
 def test_heads_by_the_keyboard(open_page):

@@ -1,12 +1,15 @@
 """The engine's thread, with an engine that does as it is told."""
 
 import asyncio
+import functools
 import time
+import weakref
 
 import pytest
 
 from llm_jax.core.config import ConfigError
-from llm_jax.generate.events import TokenEvent
+from llm_jax.data.tokenizers.raw_bytes import RawBytesTokenizer
+from llm_jax.generate.events import RowStream, TokenEvent
 from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.serve.errors import ApiError
 from llm_jax.serve.worker import Job, Worker
@@ -16,6 +19,7 @@ class FakeEngine:
     """Each request gets a token per step, `max_tokens` in all; token 13 makes a step fail."""
 
     num_slots, max_length = 2, 100
+    tokenizer = RawBytesTokenizer(("<|end|>",))
     made = 0
     broken = False
 
@@ -63,11 +67,11 @@ def job(*prompt, max_tokens=3, **options):
     return Job(lambda _: list(prompt), SamplingConfig(max_tokens=max_tokens), **options)
 
 
-def run(test, *, max_queue=4, timeout=10.0):
+def run(test, *, max_queue=4, timeout=10.0, make_engine=FakeEngine):
     """Runs `test(worker)` beside a worker, which afterwards holds nothing."""
 
     async def main():
-        worker = Worker(FakeEngine, max_queue=max_queue, timeout=timeout)
+        worker = Worker(make_engine, max_queue=max_queue, timeout=timeout)
         await worker.start()
         await test(worker)
         for _ in range(200):
@@ -179,6 +183,86 @@ def test_stop_tokens():
         events = await read(worker.submit([job(1, max_tokens=10**6, stop_tokens=frozenset({7}))]))
         assert [event.token for _, event in events] == [5, 6, 7]
         assert events[-1][1].stop_reason == "stop"
+
+    run(test)
+
+
+class Speaker(FakeEngine):
+    """Says a prompt back, through the engine's own stream."""
+
+    def submit(self, prompt, sampling, *, number, top_alternatives):
+        self.next += 1
+        stream = RowStream(
+            self.next, self.tokenizer, max_tokens=sampling.max_tokens, room=99, stops=sampling.stops
+        )
+        self.requests[self.next] = (list(prompt), stream)
+        return self.next
+
+    def step(self):
+        events = []
+        for number, (left, stream) in list(self.requests.items()):
+            events.append(stream.event(left.pop(0), -1.0, ()))
+            if stream.stopped:
+                del self.requests[number]
+        return events
+
+
+@pytest.mark.parametrize(
+    ("said", "most", "text", "reason"),
+    [
+        (b"I like U", 50, "I like U", "stop"),
+        (b"I like U", 9, "I like U", "stop"),  # the mark is the last token there may be
+        (b"I like U", 8, "I like U", "max_tokens"),
+        (b"\xe4\xbd\xa0\xe4", 50, "\u4f60\ufffd", "stop"),
+        (b"I User: x", 50, "I ", "stop"),
+    ],
+)
+def test_what_was_held_back_comes_with_an_end_mark(said, most, text, reason):
+    mark = Speaker.tokenizer.vocab_size - 1
+    sampling = SamplingConfig(max_tokens=most, stops=("User:",))
+
+    async def test(worker):
+        one = Job(lambda _: [*said, mark, *b"never"], sampling, stop_tokens=frozenset({mark}))
+        events = [event for _, event in await read(worker.submit([one]))]
+        assert "".join(event.text for event in events) == text
+        assert [event.stop_reason for event in events] == [None] * (len(events) - 1) + [reason]
+
+    run(test, make_engine=Speaker)
+
+
+def test_an_engine_that_failed_is_gone_before_the_next_is_made():
+    class Cyclic(FakeEngine):
+        last, left = None, []
+
+        def __init__(self):
+            super().__init__()
+            self.itself = self
+            Cyclic.left.append(Cyclic.last is None or Cyclic.last() is None)
+            Cyclic.last = weakref.ref(self)
+
+    async def test(worker):
+        keeps = functools.cache(lambda engine: [13])
+        jobs = [Job(keeps, SamplingConfig(max_tokens=3))]
+        del keeps
+        with pytest.raises(ApiError, match="the engine failed"):
+            await read(worker.submit(jobs))
+        assert len(await read(worker.submit([job(1)]))) == 3
+        assert Cyclic.left == [True, True]
+
+    run(test, make_engine=Cyclic)
+
+
+def test_what_counts_as_cancelled():
+    async def test(worker):
+        for prompt in (7, 8, 13):
+            with pytest.raises(ApiError):
+                await read(worker.submit([job(prompt)]))
+        await read(worker.submit([job(1)]))
+        gone = worker.submit([job(1, max_tokens=10**6)] * 1)
+        await gone.arrivals()
+        gone.drop()
+        gone.drop()
+        assert b"llm_jax_cancelled_completions_total 1.0\n" in worker.measures.page()
 
     run(test)
 

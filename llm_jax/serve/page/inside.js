@@ -23,6 +23,9 @@ export async function choose(index, looksInside, report) {
   title();
   if (!looksInside) return;
   weights = lens = at = locked = null;
+  heads.replaceChildren();
+  find('most').replaceChildren();
+  drawLens();
   asked?.abort();
   const mine = asked = new AbortController();
   look([], index);
@@ -143,7 +146,7 @@ function drawLens() {
 }
 
 const headOf = event => {
-  const cell = event.target.closest('.cell');
+  const cell = weights && event.target.closest('.cell');
   return cell && { layer: +cell.dataset.layer, head: +cell.dataset.head };
 };
 const same = (a, b) => a && b && a.layer === b.layer && a.head === b.head;

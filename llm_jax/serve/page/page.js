@@ -33,6 +33,7 @@ async function generate(body, kept, exchanged) {
       if (event.prompt) {
         tokens.truncate(kept);
         for (const token of event.prompt.slice(kept)) tokens.append({ ...token, given: kept === 0, ...exchanged });
+        if (exchanged) tokens.focus(kept, { preventScroll: true });
         if (kept === 0) score(event.prompt.map(token => token.id), mine.signal);
       }
       for (const token of event.tokens ?? []) {
@@ -84,6 +85,7 @@ function pick(index, { id, piece, log }) {
   card.hide();
   if (id === about.end) {
     running?.abort();
+    running = null;
     unchoose();
     tokens.truncate(index);
     tokens.append({ id, piece, bytes: '', log, top });
@@ -94,7 +96,6 @@ function pick(index, { id, piece, log }) {
   }
   tokens.truncate(index + 1);
   generate({ tokens: [...ids(index), id] }, index, { log, top });
-  find('tokens').focus({ preventScroll: true });
 }
 
 // --- what is shown
@@ -272,11 +273,11 @@ find('on').addEventListener('click', goOn);
 find('prompt').addEventListener('keydown', event => {
   if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
-    running?.abort();
     if (find('form').reportValidity()) start();
   }
 });
 find('sampling').addEventListener('input', samplingNow);
+find('sampling').addEventListener('invalid', () => { find('sampling').open = true; }, true); // or it is not seen
 find('key').addEventListener('change', event => {
   setKey(event.target.value);
   load();
