@@ -210,6 +210,7 @@ def test_lost_tasks_restarts_and_the_time_limit(slurm, run):
     assert run.saved()[-1] == NUM_STEPS
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_is_not_put_back(slurm, run):
     job = Job(slurm, run, MAX_RESTARTS="5")
     wait_until(run.steps, 120, job)

@@ -150,6 +150,7 @@ def train(matmul_dtype, steps=30):
     return np.array(losses)
 
 
+@pytest.mark.slow
 def test_thirty_steps_stay_near_bfloat16():
     base = train(None)
     assert base[-1] < 0.8 * base[0]

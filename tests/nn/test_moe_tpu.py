@@ -61,6 +61,7 @@ ENVIRONMENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_compiles_for_tpu_within_a_pipeline(run_python):
     run = run_python("-c", SCRIPT, env=ENVIRONMENT)

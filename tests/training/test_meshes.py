@@ -80,6 +80,7 @@ def check(sizes, family="dense", **mesh):
     assert_trees_close(grads, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_four_axes_at_once(run_python):
     """On 16 devices."""
     code = "import test_meshes as t; t.check(t.FOUR); t.check(t.FOUR_OF_EXPERTS, 'experts')"

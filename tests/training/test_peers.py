@@ -202,6 +202,7 @@ def test_a_process_that_fails_says_so_and_the_others_name_it(script):
     assert "Traceback" not in job.text()
 
 
+@pytest.mark.slow
 def test_the_others_wait_for_one_that_takes_longer_to_end(script):
     """As process 0 does, which reports and evaluates after the last step."""
     job = script(2, """

@@ -83,10 +83,8 @@ def config(request, corpus):
     return path
 
 
-SHARDS = pytest.param("shards", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("config", [SHARDS, "stream"], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["shards", "stream"], indirect=True)
 def test_killed_runs_end_like_uninterrupted_ones(config, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, output = finish(config, whole)
@@ -127,6 +125,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(config, tmp_path):
     assert_same_run(whole, stopped)
 
 
+@pytest.mark.slow
 def test_a_busy_workdir_is_refused(config, tmp_path):
     first = start(config, tmp_path / "run", "--config.train.num_steps=100000")
     try:
