@@ -217,7 +217,7 @@ def test_a_tokenizer_that_cannot_be_written_leaves_ids(tmp_path):
     said = []
     config = config_of("gpt2")
     model = export(config, tmp_path / "out", Own(), said.append)
-    assert "run.py takes ids of tokens, not text: tokenizer 'own' cannot be done" in said[0]
+    assert "run.py takes ids of tokens, not text: tokenizer 'own' cannot be written" in said[0]
     run = tmp_path / "out" / "run.py"
     assert "class Tokenizer" not in run.read_text()
     (wanted,) = Engine(model, BYTES).generate([[256, 7, 8]], SamplingConfig(0.0, max_tokens=5))
