@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from llm_jax.core.config import ConfigError
 from llm_jax.export.slabs import slabs
-from llm_jax.models.hf_tensors import INDEX, SINGLE
+from llm_jax.models.hf_tensors import INDEX, SINGLE, read_header
 
 DTYPES = {
     "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I32": np.int32, "I8": np.int8,
@@ -147,17 +146,9 @@ class Reader:
 
 def _header(path: Path) -> Iterator[tuple[Spec, int]]:
     """Each tensor of a file and its first byte there."""
-    try:
-        with safe_open(path, framework="np"):
-            pass  # the header is sound, and the file as long as it says
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    header, data = read_header(path)
     for name, tensor in header.items():
         if tensor["dtype"] not in DTYPES:
             raise ConfigError(f"{path}: {name} is {tensor['dtype']}; choices: {', '.join(DTYPES)}")
         spec = Spec(name, tensor["dtype"], tuple(tensor["shape"]))
-        yield spec, 8 + length + tensor["data_offsets"][0]
+        yield spec, data + tensor["data_offsets"][0]

@@ -138,7 +138,12 @@ def _equal(a: _Stored, b: _Stored) -> bool:
     )
 
 
-def _stored(path: Path) -> Iterator[_Stored]:
+def read_header(path: Path) -> tuple[dict[str, dict], int]:
+    """The entries of a safetensors file by tensor, and the byte at which its data begin.
+
+    Raises:
+      ConfigError: no such file, or one that is damaged.
+    """
     try:
         with safe_open(path, framework="np"):
             pass  # the header is sound, and the file as long as it says
@@ -148,8 +153,13 @@ def _stored(path: Path) -> Iterator[_Stored]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _stored(path: Path) -> Iterator[_Stored]:
+    header, data = read_header(path)
     for name, tensor in sorted(header.items()):
-        begin = 8 + length + tensor["data_offsets"][0]
+        begin = data + tensor["data_offsets"][0]
         yield _Stored(path, name, tensor["dtype"], tuple(tensor["shape"]), begin)
 
 
