@@ -33,14 +33,18 @@ class Queries:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Node:
-    """tokens [n] int32 stand from position `start` on; `queries` ask behind them, `children` follow."""
+    """tokens [n] int32 stand from position `start` on; `queries` ask behind them, `children` follow.
+
+    size: tokens of the whole branch, those of this node and of all below it.
+    """
 
     start: int
     tokens: np.ndarray
     queries: Queries
     children: list["Node"]
+    size: int = 0
 
 
 def prefix_tree(
@@ -53,6 +57,7 @@ def prefix_tree(
     roots: list[Node] = []
     # Rows first .. last - 1 share their tokens up to `start`, which stand above `siblings`.
     todo = [(0, len(rows), 0, roots)] if rows else []
+    found: list[Node] = []  # parents before children
     while todo:
         first, last, start, siblings = todo.pop()
         end = len(rows[first]) if last == first + 1 else int(shared[first : last - 1].min())
@@ -61,6 +66,7 @@ def prefix_tree(
             asked = Queries.joined([q.within(start, end) for q in queries[first:last]])
             node = Node(start, rows[first][start:end], asked, [])
             siblings.append(node)
+            found.append(node)
             below, begin = node.children, end
         if last > first + 1:
             cuts = first + 1 + np.flatnonzero(shared[first : last - 1] == end)
@@ -68,6 +74,8 @@ def prefix_tree(
             parts = itertools.pairwise(borders)
             # The last in is the next out: so children stand in the order of their rows.
             todo.extend((a, b, begin, below) for a, b in reversed(list(parts)))
+    for node in reversed(found):
+        node.size = len(node.tokens) + sum(child.size for child in node.children)
     return roots
 
 

@@ -1,8 +1,9 @@
 """Log probabilities of continuations, by which text evaluators judge a causal model.
 
-All requests become one tree of shared beginnings (see `prefix_tree`). A node's tokens go through the model
-once, behind the keys and values of what stands above them; the head computes logits of asked tokens alone.
-Nodes of one level are batched by length, in few sizes, so that few programs are compiled.
+All requests become one tree of shared beginnings (see `prefix_tree`), and each of its tokens goes through the
+model once: branches packed into rows (see `packing`), behind the keys and values of what stands above them.
+The head computes logits of asked tokens alone. Rows are batched by length, in few sizes, so that few
+programs are compiled.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from flax import nnx
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Head, Model, Tokenizer
+from llm_jax.evals.packing import Row, pack, trunk
 from llm_jax.evals.prefix_tree import Node, Queries, prefix_tree
 from llm_jax.generate.prompts import power_of_two
 from llm_jax.generate.sampler import first_argmax
@@ -27,6 +29,7 @@ from llm_jax.sharding.place import to_global_batch
 from llm_jax.sharding.rules import AxisRules, use_rules
 
 SMALLEST_RUN = 16
+_ROW_TOKENS = 384  # of a row that several branches share
 _HEAD_TOKENS = 256  # whose logits stand in memory together
 _SCORE_BYTES = 2**30  # of attention on a device, which a cache has computed whole
 
@@ -113,6 +116,8 @@ class Scorer:
         self.computed = 0
         self._rules, self._batch_tokens = rules, batch_tokens
         self._vocab_size, self._num_heads = model.config.vocab_size, model.config.num_heads
+        self._longest_row = model.config.max_length
+        self._row_tokens = min(_ROW_TOKENS, batch_tokens, self._longest_row)
         model = unstack(model)
         self._graphdef, self._state = nnx.split(model)
         self._empty_cache = jax.jit(model.init_cache, static_argnums=(0, 1))
@@ -135,7 +140,11 @@ class Scorer:
         log_probabilities, best = np.zeros(ends[-1], np.float32), np.zeros(ends[-1], bool)
         wanted = [i for i, q in enumerate(queries) if len(q.slots)]
         roots = prefix_tree([rows[i] for i in wanted], [queries[i] for i in wanted])
-        for slots, values, firsts in self._visit(roots, [0] * len(roots), None):
+        longest = max((len(rows[i]) for i in wanted), default=0)
+        # A text and what may go on from it stay together, where that is not much more than the text.
+        room = min(padded_length(max(self._row_tokens, longest + longest // 8)), self._longest_row)
+        nodes = [(root, 0) for root in roots]
+        for slots, values, firsts in self._visit(nodes, None, [], room):
             log_probabilities[slots], best[slots] = values, firsts
         return [
             Likelihood(log_probabilities[a:b], best[a:b], cut)
@@ -158,46 +167,58 @@ class Scorer:
         return ids, cut, min(len(request.continuation), len(ids) - 1)
 
     def _visit(
-        self, nodes: list[Node], parents: list[int], cache: KVCache | None, used: int = 0
+        self,
+        nodes: list[tuple[Node, int]],
+        cache: KVCache | None,
+        columns: list[np.ndarray],
+        room: int,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(slots, log probabilities, whether first) of these nodes and all below them.
 
-        parents: the row of `cache` that each node stands behind; used: its places that are taken.
+        Args:
+          nodes: each with the row of `cache` that it stands behind.
+          columns: of each row, where its tokens are.
+          room: most tokens of a branch that is computed in one row.
         """
-        # Leaves apart: nothing reads their keys.
-        for keep in (False, True):
-            chosen = [i for i, node in enumerate(nodes) if bool(node.children) == keep]
-            for length, size, part in self._batches(chosen, nodes, used, keep):
-                group = [nodes[i] for i in part]
-                answers, behind = self._compute(
-                    group, [parents[i] for i in part], cache, length, size, used, keep
-                )
-                yield answers
-                children = [
-                    (child, row) for row, node in enumerate(group) for child in node.children
-                ]
-                if children:
-                    below, rows = zip(*children, strict=True)
-                    yield from self._visit(list(below), list(rows), behind, used + length)
+        branches = [(n, parent) for n, parent in nodes if n.size <= room or not n.children]
+        packed = pack(branches, self._row_tokens, behind=cache is not None)
+        for size, rows in self._batches(packed, False):
+            answers, _, _ = self._compute(rows, cache, columns, size, keep=False)
+            yield answers
+        leaving: dict[Row, list[Node]] = {}
+        for node, parent in nodes:
+            if node.size > room and node.children:
+                way, left = trunk(node, room)
+                row = Row(parent, node.start)
+                row.add_trunk(way)
+                leaving[row] = left
+        for size, rows in self._batches(list(leaving), True):
+            answers, behind, below = self._compute(rows, cache, columns, size, keep=True)
+            yield answers
+            children = [(child, place) for place, row in enumerate(rows) for child in leaving[row]]
+            yield from self._visit(children, behind, below, room)
 
-    def _batches(
-        self, chosen: list[int], nodes: list[Node], used: int, keep: bool
-    ) -> Iterator[tuple[int, int, list[int]]]:
-        """(padded length, rows, nodes), longest first."""
-        chosen = sorted(chosen, key=lambda i: -len(nodes[i].tokens))
-        while chosen:
-            length = min(padded_length(len(nodes[chosen[0]].tokens)), self.max_length)
-            rows = self._num_rows(length, used, keep)
-            few = self._in_shares(max(rows // 8, 1))  # one size for all that is left over
-            size = few if len(chosen) <= few else rows
-            yield length, size, chosen[:size]
-            chosen = chosen[size:]
+    def _batches(self, rows: list[Row], keep: bool) -> Iterator[tuple[tuple[int, int], list[Row]]]:
+        """((rows, padded length), rows), the longest first; those without branches apart."""
+        for branching in (False, True):
+            chosen = [row for row in rows if row.branches == branching]
+            chosen.sort(key=lambda row: -row.length)
+            while chosen:
+                length = padded_length(chosen[0].length)
+                if not chosen[0].above and not keep:
+                    length = min(length, self._longest_row)
+                most = self._num_rows(length, _above(chosen), dense=branching or keep)
+                # Few sizes for what is left over.
+                sizes = [self._in_shares(max(most // part, 1)) for part in (8, 4, 2, 1)]
+                size = next((size for size in sizes if size >= len(chosen)), most)
+                yield (size, length), chosen[:size]
+                chosen = chosen[size:]
 
-    def _num_rows(self, length: int, used: int, keep: bool) -> int:
+    def _num_rows(self, length: int, used: int, *, dense: bool) -> int:
         """A power of two, and a multiple of the batch's shares."""
         rows = self._batch_tokens // length
-        if keep or used:  # each row has a copy of the keys above it, and scores of all of them
-            seen = padded_length(used + length)
+        if dense:  # each row has scores of all that it sees, and a copy of the keys above it
+            seen = used + length
             most = (
                 _SCORE_BYTES * self._rules.shares("batch") // (4 * self._num_heads * length * seen)
             )
@@ -210,45 +231,51 @@ class Scorer:
 
     def _compute(
         self,
-        nodes: list[Node],
-        parents: list[int],
+        rows: list[Row],
         cache: KVCache | None,
-        length: int,
-        size: int,
-        used: int,
+        columns: list[np.ndarray],
+        size: tuple[int, int],
+        *,
         keep: bool,
-    ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], KVCache | None]:
-        batch = {
-            name: np.zeros((size, length), np.int32)
-            for name in ("tokens", "positions", "segment_ids")
-        }
-        places, slots = [], []
-        for row, node in enumerate(nodes):
-            end = len(node.tokens)
-            batch["tokens"][row, :end] = node.tokens
-            batch["positions"][row, :end] = node.start + np.arange(end)
-            batch["segment_ids"][row, :end] = 1
-            self.computed += end
-            asked = node.queries
-            places.append(
-                [np.full(len(asked.slots), row), asked.positions - node.start, asked.targets]
-            )
-            slots.append(asked.slots)
-        rows, columns, targets = np.concatenate(places, axis=1).astype(np.int32)
-        slots = np.concatenate(slots)
-        room = self._asked_room(len(slots), size) - len(slots)
-        rows, columns, targets = (np.pad(a, (0, room)) for a in (rows, columns, targets))
+    ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], KVCache | None, list[np.ndarray]]:
+        """Also the cache behind these rows if it is kept, and where the tokens of each row are in it."""
+        names = ("tokens", "positions", "segment_ids", "until")
+        batch = {name: np.zeros(size, np.int32) for name in names}
+        asked, slots = [], []
+        for place, row in enumerate(rows):
+            for run in row.runs:
+                node, inside = run.node, slice(run.start, run.start + len(run.node.tokens))
+                batch["tokens"][place, inside] = node.tokens
+                batch["positions"][place, inside] = node.start + np.arange(len(node.tokens))
+                batch["segment_ids"][place, inside] = run.segment
+                batch["until"][place, inside] = run.until
+                queries = node.queries
+                where = run.start + queries.positions - node.start
+                asked.append([np.full(len(where), place), where, queries.targets])
+                slots.append(queries.slots)
+            self.computed += row.length
+        if not any(row.branches for row in rows):
+            del batch["until"]
+        source = None
         if cache is not None:
-            parents = np.pad(np.array(parents, np.int32), (0, size - len(parents)))
+            source = (np.zeros(size[0], np.int32), np.full((size[0], _above(rows)), -1, np.int32))
+            for place, row in enumerate(rows):
+                source[0][place] = row.parent
+                source[1][place, : row.above] = columns[row.parent][: row.above]
         elif keep:
-            cache, parents = self._empty_cache(size, 0), np.arange(size, dtype=np.int32)
+            cache = self._empty_cache(size[0], 0)
+        asked = np.concatenate(asked, axis=1).astype(np.int32)
+        slots = np.concatenate(slots)
+        asked = np.pad(asked, ((0, 0), (0, self._asked_room(len(slots), size[0]) - len(slots))))
         values, firsts, behind = _forward(
-            self._graphdef, self._state, cache, parents if cache is not None else None,
-            to_global_batch(batch, self._rules, size), (rows, columns, targets),
-            rules=self._rules, keep=keep, capacity=padded_length(used + length),
+            self._graphdef, self._state, cache, source,
+            to_global_batch(batch, self._rules, size[0]), tuple(asked),
+            rules=self._rules, keep=keep,
         )  # fmt: skip
-        count = len(slots)
-        return (slots, np.asarray(values)[:count], np.asarray(firsts)[:count]), behind
+        used = 0 if source is None else source[1].shape[1]
+        below = [np.r_[: row.above, used : used + row.length] for row in rows]
+        answers = (slots, np.asarray(values)[: len(slots)], np.asarray(firsts)[: len(slots)])
+        return answers, behind, below
 
     def _asked_room(self, count: int, size: int) -> int:
         """Places for `count` questions of `size` rows: few different numbers, so few programs."""
@@ -271,26 +298,45 @@ def padded_length(length: int) -> int:
     return size * 3 // 4 if size > SMALLEST_RUN and length <= size * 3 // 4 else size
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "rules", "keep", "capacity"))
-def _forward(
-    graphdef, state, cache, parents, batch, asked, *, rules: AxisRules, keep: bool, capacity: int
-):
-    """asked: rows, columns, targets, all [Q]; returns their log probabilities, whether first, the cache.
+def _above(rows: list[Row]) -> int:
+    """Places for what stands above these rows."""
+    above = max(row.above for row in rows)
+    return padded_length(above) if above else 0
 
-    capacity: places of the cache behind these tokens; those that are free belong to nobody.
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "rules", "keep"))
+def _forward(graphdef, state, cache, source, batch, asked, *, rules: AxisRules, keep: bool):
+    """Log probabilities of what is asked, whether first, and the cache if it is kept.
+
+    Args:
+      source: rows [B] and columns [B, S] of the cache that the rows begin with; None: nothing.
+      batch: also `until`, [B, T], where there are branches: see Run.
+      asked: rows, columns, targets, all [Q].
     """
     rows, columns, targets = asked
     with use_rules(rules):
         model = nnx.merge(graphdef, state)
+        used, length = 0, batch["tokens"].shape[1]
+        if source is not None:
+            used = source[1].shape[1]
+            cache = cache.gathered(*source)
         if cache is not None:
-            cache = cache.of_rows(lambda a: a[parents])
-            cache = cache.grown(capacity)
+            cache = cache.grown(used + length)
+        if "until" in batch:
+            batch = {**batch, "visible": _visible(batch["until"], used)}
         out = model(batch, cache=cache)
         shares = rules.shares("batch")
         size = min(len(targets), shares * power_of_two(max(_HEAD_TOKENS // shares, 1)))
         values, firsts = _asked(model.precision, out.hidden[rows, columns], out.head, targets, size)
     replicated = functools.partial(jax.lax.with_sharding_constraint, shardings=rules.replicated())
     return replicated(values), replicated(firsts), out.cache if keep else None
+
+
+def _visible(until: jax.Array, used: int) -> jax.Array:
+    """[B, T] to [B, T, used + T]: all of the cache, and what a token's own branch has before it."""
+    places = jnp.arange(until.shape[1])
+    inside = (places[None] <= places[:, None]) & (places[:, None] < until[:, None])
+    return jnp.pad(inside, ((0, 0), (0, 0), (used, 0)), constant_values=True)
 
 
 def _asked(

@@ -219,19 +219,20 @@ def see(
     spec: AttentionSpec,
     reference: bool = False,
     prefix: jax.Array | None = None,
+    visible: jax.Array | None = None,
 ) -> Sight:
     """Chooses the kernel.
 
     Args:
       reference: only that kernel will do: for a cache, across, for kept weights and biases.
-      prefix: [B, S], see `attention_mask`; needs the reference.
+      prefix, visible: [B, S] and [B, T, S], see `attention_mask`; need the reference.
 
     Raises:
       ValueError: a kernel that was asked for and cannot run here.
     """
     rules = active_rules()
     kernel = "reference"
-    if not reference and prefix is None:
+    if not reference and prefix is None and visible is None:
         kernel = kernels.choose(
             precision.attention_kernel,
             precision.platform,
@@ -245,7 +246,9 @@ def see(
         )
     mask = None
     if kernel == "reference":
-        mask = attention_mask(queries, keys, causal=spec.causal, window=spec.window, prefix=prefix)
+        mask = attention_mask(
+            queries, keys, causal=spec.causal, window=spec.window, prefix=prefix, visible=visible
+        )
     return Sight(queries, keys, mask, kernel, spec)
 
 

@@ -182,6 +182,26 @@ class KVCache:
         rest = {name: getattr(self, name) for name in names}
         return dataclasses.replace(cache, **jax.tree.map(change, rest))
 
+    def gathered(self, rows: jax.Array, columns: jax.Array) -> "KVCache":
+        """Other rows that begin with tokens of these.
+
+        Args:
+          rows: [B] int32, of each new row the one that it takes from.
+          columns: [B, S] int32, for each of its places the one there; -1 for nobody's.
+        """
+        index = (rows[:, None], jnp.maximum(columns, 0))
+
+        def of_heads(a):
+            return _merged(self.by_rows(a)[(slice(None), *index)])
+
+        keys, values = jax.tree.map(of_heads, (self.keys, self.values))
+        places = jax.tree.map(lambda a: a[index], self.places)
+        places = dataclasses.replace(
+            places, segment_ids=jnp.where(columns < 0, -1, places.segment_ids)
+        )
+        length = jnp.asarray(columns.shape[1], jnp.int32)
+        return dataclasses.replace(self, keys=keys, values=values, places=places, length=length)
+
     @property
     def num_rows(self) -> int:
         return self.places.positions.shape[0]

@@ -36,12 +36,15 @@ def attention_mask(
     causal: bool,
     window: int | None = None,
     prefix: jax.Array | None = None,
+    visible: jax.Array | None = None,
 ) -> jax.Array:
     """True where a query sees a key: [B, T, S] bool for places of [B, T] and [B, S].
 
     Args:
       window: the query sees keys at a distance below it, itself included; None: at any distance.
       prefix: [B, S], 1 for keys that their whole segment sees, even what stands before them.
+      visible: [B, T, S] bool, False where a query does not see a key though it might: branches of a text,
+        which stand at the same positions.
     """
     mask = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
     query, key = queries.positions[:, :, None], keys.positions[:, None, :]
@@ -51,4 +54,4 @@ def attention_mask(
         mask &= query - key < window
         if not causal or prefix is not None:
             mask &= key - query < window
-    return mask
+    return mask if visible is None else mask & visible

@@ -58,6 +58,7 @@ class Stack(nnx.Module):
         *,
         memory: Memory | None = None,
         prefix: jax.Array | None = None,
+        visible: jax.Array | None = None,
         key: jax.Array | None = None,
         cache: KVCache | None = None,
         capture: tuple[Capture, ...] = (),
@@ -69,6 +70,7 @@ class Stack(nnx.Module):
           places: of the T tokens.
           memory: what cross-attention sees; with a cache its keys and values are there already.
           prefix: [B, T], 1 for tokens that their whole segment sees, though attention is causal.
+          visible: [B, T, S] bool, False where a token must not see another, of the cache or of these.
           key: one key for the dropout of all layers, or None for no dropout.
           cache: continues generation; the T tokens are appended.
           capture: "residual" gives [L, B, T, D] after each block, "attention" and "cross_attention"
@@ -77,11 +79,11 @@ class Stack(nnx.Module):
         apart = isinstance(self.layers, nnx.List)
         rules = active_rules()
         if cache is None and not apart and rules is not None and rules.shares("stage") > 1:
-            self._check_pipeline(capture, prefix)
+            self._check_pipeline(capture, prefix, visible)
             return self._pipeline(x, places, key, rules)
         if cache is not None:
             cache = cache.with_places(places)
-        views = self._views(places, cache, memory, prefix, capture)
+        views = self._views(places, cache, memory, prefix, visible, capture)
         if cache is None and not apart:
             return self._scan(x, views, key, capture)
         rows = []
@@ -109,7 +111,7 @@ class Stack(nnx.Module):
         pairs = [block.cross_attention.keys_values(memory.x, "bnth") for block in self.blocks()]
         return tuple(zip(*pairs, strict=True))
 
-    def _views(self, places, cache, memory, prefix, capture) -> list[View]:
+    def _views(self, places, cache, memory, prefix, visible, capture) -> list[View]:
         """Of each layer of a period."""
         config, p = self.config, self.precision
         keys = places if cache is None else cache.places
@@ -125,8 +127,9 @@ class Stack(nnx.Module):
         for spec, rope in config.kinds:
             tables = rope and rope_tables(rope, config.attention.head_dim, places.positions)
             sight = see(
-                config.attention, p, places, keys, spec=spec, reference=reference, prefix=prefix
-            )
+                config.attention, p, places, keys, spec=spec, reference=reference, prefix=prefix,
+                visible=visible,
+            )  # fmt: skip
             views.append(View(sight, tables, bias, memory, across))
         return [views[0]] * (config.period - 1) + [views[-1]]
 
@@ -183,7 +186,7 @@ class Stack(nnx.Module):
         captured, router = rows
         return StackOutput(x, None, captured, router)
 
-    def _check_pipeline(self, capture, prefix) -> None:
+    def _check_pipeline(self, capture, prefix, visible) -> None:
         config = self.config
         obstacles = {
             f"capture={capture}": bool(capture),
@@ -191,6 +194,7 @@ class Stack(nnx.Module):
             "a relative bias": config.relative_bias is not None,
             "cross-attention": config.cross_attention,
             "a prefix": prefix is not None,
+            "what is visible": visible is not None,
         }
         for what, stands in obstacles.items():
             if stands:
@@ -201,7 +205,7 @@ class Stack(nnx.Module):
         graphdef, state = nnx.split(self.layers)
 
         def layer(state, index, x, places, microbatch):
-            view = self._views(places, None, None, None, ())[0]
+            view = self._views(places, None, None, None, None, ())[0]
             mine = None if key is None else jax.random.fold_in(key, microbatch)
             out = nnx.merge(graphdef, state)(x, view, key=layer_key(mine, index))
             return out.x, out.router

@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI, Response
 
-from llm_jax.serve.chat_completions import chat
-from llm_jax.serve.completions import complete
+from llm_jax.serve.chat_completions import ChatAnswer
+from llm_jax.serve.completions import CompletionAnswer
 from llm_jax.serve.errors import ApiError, handle_errors
 from llm_jax.serve.guard import Guard, Receive, Send
 from llm_jax.serve.measures import CONTENT_TYPE_LATEST, Measures
@@ -54,11 +54,11 @@ def make_app(service: Service) -> "Counted":
 def _openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest) -> Response:
-        return await complete(service, body)
+        return await CompletionAnswer(service, body).respond()
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest) -> Response:
-        return await chat(service, body)
+        return await ChatAnswer(service, body).respond()
 
     @app.get("/v1/models")
     async def models() -> dict:

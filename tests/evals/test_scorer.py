@@ -82,6 +82,29 @@ def test_each_request_gets_what_it_gets_alone(kind):
         assert found.greedy == best.all()
 
 
+def chains(seed=0):
+    """Requests that leave long shared beginnings at many places, in two trees."""
+    rng, requests = np.random.default_rng(seed), []
+    for _ in range(2):
+        stem = ids(rng, 80)
+        for size in (16, 33, 34, 50, 66, 80):
+            question = stem[:size] + ids(rng, 3)
+            requests += [Request(question, ids(rng, n)) for n in (2, 3, 5)]
+    return requests
+
+
+@pytest.mark.parametrize("batch_tokens", [32, 4096])
+def test_beginnings_that_are_left_at_many_places(batch_tokens):
+    model, requests = model_of("learned"), chains()
+    scorer, run = Scorer(model, one_device(), batch_tokens=batch_tokens), forward(model)
+    for request, found in zip(requests, scorer.score(requests), strict=True):
+        log_probabilities, best = alone(run, request)
+        np.testing.assert_allclose(found.log_probabilities, log_probabilities, atol=2e-5)
+        np.testing.assert_array_equal(found.best, best)
+    # 80 of each stem once, and behind it what is not shared by 16.
+    assert scorer.computed < sum(len(r.context) + len(r.continuation) for r in requests) / 3
+
+
 def test_greedy_is_what_decoding_gives():
     model, row = model_of(), [5]
     run = forward(model)

@@ -10,7 +10,7 @@ from llm_jax.data.tokenizers.raw_bytes import RawBytesTokenizer
 from llm_jax.generate.sampler import SamplingConfig
 from llm_jax.interpret.token_probabilities import TokenProbabilities
 from llm_jax.serve.app import Counted
-from llm_jax.serve.completions import _Choice
+from llm_jax.serve.completions import CompletionChoice
 from llm_jax.serve.errors import ApiError
 from llm_jax.serve.guard import Guard
 from llm_jax.serve.measures import Measures
@@ -88,7 +88,7 @@ def test_offsets_of_an_echo(monkeypatch, spelled, offsets):
     vocabulary = Vocabulary(RawBytesTokenizer())
     monkeypatch.setattr(vocabulary, "spelled", lambda ids: spelled)
     job = Job(lambda _: [], SamplingConfig(max_tokens=1))
-    choice = _Choice(0, vocabulary, job, with_logprobs=True, silent=False)
+    choice = CompletionChoice(0, vocabulary, job, with_logprobs=True, silent=False)
     scores = TokenProbabilities(np.zeros(2), np.zeros((2, 0), np.int32), np.zeros((2, 0)))
     choice.echo("ab", [256, 97, 98], scores)
-    assert f'"text_offset":{str(offsets).replace(" ", "")}' in choice.told()
+    assert f'"text_offset":{str(offsets).replace(" ", "")}' in choice.told(streamed=False)

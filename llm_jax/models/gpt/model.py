@@ -68,8 +68,9 @@ class GPT(nnx.Module):
             x = constrain(x, "batch", "residual_length", "activation_embed")
         with jax.named_scope("stack"):
             out = self.stack(
-                x, places, prefix=batch.get("prefix"), key=keys[1], cache=cache, capture=capture
-            )
+                x, places, prefix=batch.get("prefix"), visible=batch.get("visible"), key=keys[1],
+                cache=cache, capture=capture,
+            )  # fmt: skip
         with jax.named_scope("final_norm"):
             x = self.final_norm(out.x)
         head = self._head()
