@@ -16,25 +16,22 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Model, Tokenizer
 from llm_jax.generate.batch import Batch, Read
-from llm_jax.generate.beam import NOTHING, BeamConfig, Beams, Hypothesis, search
+from llm_jax.generate.beam import BeamConfig, Hypothesis
+from llm_jax.generate.beam_search import BeamSearch
 from llm_jax.generate.events import Alternative, Completion, RowStream, TokenEvent, completion
 from llm_jax.generate.prefill import SMALLEST_CHUNK, Encoded, Prefill, next_group
 from llm_jax.generate.prefix import PrefixCache
 from llm_jax.generate.programs import Programs
-from llm_jax.generate.prompts import left_padded, power_of_two, right_padded
+from llm_jax.generate.prompts import power_of_two
 from llm_jax.generate.requests import Request
 from llm_jax.generate.sampler import SamplingConfig
 
 Prompt = str | Sequence[int]
-
-_BEAM_CACHE = 256  # places of the smallest cache of a beam search
 
 
 class Engine:
@@ -83,7 +80,7 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._next_id, self._is_streaming = 0, False
         self._forget()
-        self._beams = jax.jit(self._beam_program, static_argnums=4)
+        self._beams = BeamSearch(self._programs, tokenizer, self.max_length)
 
     def _check_limits(self, config) -> None:
         if self.max_length < 2:
@@ -366,55 +363,9 @@ class Engine:
                     f"prompt {index} leaves room for {self.room(row)} tokens of max_length "
                     f"{self.max_length}: max_tokens is {config.max_tokens}"
                 )
-        found: list[list[Hypothesis]] = []
-        for first in range(0, len(rows), self.num_slots):
-            part = rows[first : first + self.num_slots]
-            finished, running = jax.device_get(self._search(part, config))
-            for row in range(len(part)):
-                # Where nothing ended, what is still running is the answer.
-                beams = finished if finished.scores[row, 0] > NOTHING else running
-                found.append(self._hypotheses(beams.tokens[row], beams.scores[row]))
-        return found
-
-    def _search(self, rows: list[list[int]], config: BeamConfig) -> tuple[Beams, Beams]:
-        """(finished, still running), of prompts in a cache of their own, padded on the left."""
-        programs = self._programs
-        batch = power_of_two(len(rows))
-        rows = rows + [rows[0][:1]] * (batch - len(rows))
-        longest = power_of_two(max(SMALLEST_CHUNK, *map(len, rows)))
-        used = 0 if self.has_encoder else longest
-        size = power_of_two(max(used + config.max_tokens, _BEAM_CACHE))
-        if self.has_encoder:
-            encoded = right_padded(rows, min(longest, self.max_length))
-            cache = programs.encode(programs.leaves, encoded, size)
-            rows = [[self.tokenizer.pad_id]] * batch
-        else:
-            cache = programs.empty_cache(batch, size)
-            cache, _ = programs.fill(programs.leaves, cache, left_padded(rows, used))
-        tokens = np.array([row[-1:] for row in rows], np.int32)
-        positions = np.array([[len(row) - 1] for row in rows], np.int32)
-        return self._beams(programs.leaves, cache, tokens, positions, config)
-
-    def _beam_program(self, leaves, cache, tokens, positions, config: BeamConfig):
-        def next_logits(tokens, positions, cache):
-            return self._programs.next_logits(
-                leaves, tokens, positions, jnp.ones_like(tokens), cache
-            )
-
-        return search(
-            next_logits, config, cache, jnp.asarray(tokens), jnp.asarray(positions),
-            eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id,
-        )  # fmt: skip
-
-    def _hypotheses(self, tokens: np.ndarray, scores: np.ndarray) -> list[Hypothesis]:
-        eos = self.tokenizer.eos_id
-        result = []
-        for ids, score in zip(tokens.tolist(), scores.tolist(), strict=True):
-            if score > NOTHING:
-                ids = ids[: ids.index(eos) + 1] if eos in ids else ids
-                text = self.tokenizer.decode([i for i in ids if i != eos])
-                result.append(Hypothesis(tuple(ids), text, score))
-        return result
+        parts = range(0, len(rows), self.num_slots)
+        found = (self._beams.search(rows[i : i + self.num_slots], config) for i in parts)
+        return [best for part in found for best in part]
 
     def room(self, row: list[int]) -> int:
         """New tokens that fit after a prompt."""

@@ -30,6 +30,7 @@ async function generate(body, kept, exchanged) {
   try {
     for await (const event of events('/api/generate', { ...body, ...sampling() }, mine.signal)) {
       if (mine !== running) return;
+      mine.signal.throwIfAborted();  // what has come already may be many tokens
       if (event.prompt) {
         tokens.truncate(kept);
         for (const token of event.prompt.slice(kept)) tokens.append({ ...token, given: kept === 0, ...exchanged });
