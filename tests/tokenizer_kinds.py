@@ -97,13 +97,12 @@ def train_like_llama(**options) -> bytes:
     library.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in stdlib_texts(4) for line in text.splitlines()),
         model_writer=model,
-        model_type="bpe",
         vocab_size=500,
         minloglevel=2,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        **options,
+        **{"model_type": "bpe", **options},
     )
     return model.getvalue()
 

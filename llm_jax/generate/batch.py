@@ -100,7 +100,7 @@ class Batch:
         if self._changed:
             self._renew_rows()
         programs = self._programs
-        self._cache, logits = programs.step(programs.leaves, self._cache, self._rows)
+        self._cache, logits = programs.step(self._cache, self._rows)
         self._rows, drawn = programs.draw(
             logits, self._rows, method=self._method, num_best=self._num_best
         )

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core.types import Tokenizer
-from llm_jax.generate.beam import NOTHING, BeamConfig, Beams, Hypothesis, search
+from llm_jax.generate.beam import NOTHING, BeamConfig, Beams, Hypothesis
 from llm_jax.generate.prefill import SMALLEST_CHUNK
 from llm_jax.generate.programs import Programs
 from llm_jax.generate.prompts import left_padded, power_of_two, right_padded
@@ -20,7 +19,6 @@ class BeamSearch:
 
     def __init__(self, programs: Programs, tokenizer: Tokenizer, max_length: int):
         self._programs, self._tokenizer, self._max_length = programs, tokenizer, max_length
-        self._run = jax.jit(self._search, static_argnums=4)
 
     def search(self, rows: Sequence[list[int]], config: BeamConfig) -> list[list[Hypothesis]]:
         """The best continuations of each prompt of ids, best first; all prompts in one batch."""
@@ -42,25 +40,15 @@ class BeamSearch:
         size = power_of_two(max(used + config.max_tokens, _SMALLEST_CACHE))
         if programs.has_encoder:
             encoded = right_padded(rows, min(longest, self._max_length))
-            cache = programs.encode(programs.leaves, encoded, size)
+            cache = programs.encode(encoded, size)
             rows = [[self._tokenizer.pad_id]] * batch
         else:
             cache = programs.empty_cache(batch, size)
-            cache, _ = programs.fill(programs.leaves, cache, left_padded(rows, used))
+            cache, _ = programs.fill(cache, left_padded(rows, used))
         tokens = np.array([row[-1:] for row in rows], np.int32)
         positions = np.array([[len(row) - 1] for row in rows], np.int32)
-        return self._run(programs.leaves, cache, tokens, positions, config)
-
-    def _search(self, leaves, cache, tokens, positions, config: BeamConfig):
-        def next_logits(tokens, positions, cache):
-            return self._programs.next_logits(
-                leaves, tokens, positions, jnp.ones_like(tokens), cache
-            )
-
-        return search(
-            next_logits, config, cache, jnp.asarray(tokens), jnp.asarray(positions),
-            eos_id=self._tokenizer.eos_id, pad_id=self._tokenizer.pad_id,
-        )  # fmt: skip
+        ids = (self._tokenizer.eos_id, self._tokenizer.pad_id)
+        return programs.search(cache, tokens, positions, config, *ids)
 
     def _hypotheses(self, tokens: np.ndarray, scores: np.ndarray) -> list[Hypothesis]:
         eos = self._tokenizer.eos_id

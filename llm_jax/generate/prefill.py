@@ -65,9 +65,7 @@ class Prefill:
         scored = any(request.scored for request in self.requests)
         if not scored:
             del batch["targets"]
-        self.cache, scores = self._programs.fill(
-            self._programs.leaves, self.cache, batch, scored=scored
-        )
+        self.cache, scores = self._programs.fill(self.cache, batch, scored=scored)
         for request in self.requests if scored else ():
             request.prompt_scores.append(scores)
         self._done += length
@@ -89,7 +87,7 @@ class Encoded:
         more = power_of_two(len(prompts)) - len(prompts)
         longest = min(power_of_two(max(SMALLEST_CHUNK, *map(len, prompts))), max_length)
         batch = right_padded(prompts + [prompts[0][:1]] * more, longest)
-        self.cache: KVCache = programs.encode(programs.leaves, batch, SMALLEST_CHUNK)
+        self.cache: KVCache = programs.encode(batch, SMALLEST_CHUNK)
 
     def columns(self, row: int) -> np.ndarray:
         return np.zeros(0, np.int64)

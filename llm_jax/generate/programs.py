@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.core.types import Model
+from llm_jax.generate.beam import BeamConfig, Beams, search
 from llm_jax.generate.sampler import Sampling, SamplingMethod, draw
 from llm_jax.nn.cache import KVCache, by_heads
 from llm_jax.nn.mask import Places
@@ -66,27 +67,62 @@ class Store:
     values: tuple[jax.Array, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Definition:
+    """A model without its parameters, and what else the programs depend on."""
+
+    graphdef: nnx.GraphDef
+    treedef: jax.tree_util.PyTreeDef
+    keys_sharding: NamedSharding | None
+    vocab_size: int
+    max_position: int
+
+
 class Programs:
     """All programs of one model; `vocab_size` is the tokenizer's.
 
-    max_position: the last that the model has, where rows that have ended stay.
+    Those of two models that differ in their parameters alone are compiled once: in a training loop, which
+    generates with other parameters each time.
+
+    Args:
+      max_position: the last that the model has, where rows that have ended stay.
     """
 
     def __init__(self, model: Model, vocab_size: int, max_position: int):
-        self.vocab_size, self._max_position = vocab_size, max_position
-        self.has_encoder = hasattr(model, "encode")
+        self.vocab_size, self.has_encoder = vocab_size, hasattr(model, "encode")
         model = with_precision(unstack(model), model.precision.for_generation())
         if model.precision.wide_output:
             _head_apart(model)
-        self._graphdef, state = nnx.split(model)
-        self.leaves, self._treedef = jax.tree.flatten(_cast(state, model.precision.dtype))
-        self._keys_sharding = _keys_sharding(state)
-        if not self.has_encoder:
-            empty = lambda *shape: self._pinned(model.init_cache(*shape))  # noqa: E731
-            self.empty_cache = jax.jit(empty, static_argnums=(0, 1))
+        graphdef, state = nnx.split(model)
+        leaves, treedef = jax.tree.flatten(_cast(state, model.precision.dtype))
+        compiled = _compiled(
+            _Definition(graphdef, treedef, _keys_sharding(state), vocab_size, max_position)
+        )
+        of_model = lambda function: functools.partial(function, leaves)  # noqa: E731
+        self.empty_cache = of_model(compiled.empty_cache)
+        self.encode = of_model(compiled.encode)
+        self.fill = of_model(compiled.fill)
+        self.step = of_model(compiled.step)
+        self.search = of_model(compiled.search)
+        self.draw, self.load = compiled.draw, compiled.load
+        self.with_row, self.of_rows = compiled.with_row, compiled.of_rows
+        self.emptied, self.ring_resized = compiled.emptied, compiled.ring_resized
+        self.memory_grown = compiled.memory_grown
+        self.empty_store, self.save = compiled.empty_store, _save
+
+
+class _Compiled:
+    """Jitted functions; `leaves` are a model's parameters."""
+
+    def __init__(self, definition: _Definition):
+        self._graphdef, self._treedef = definition.graphdef, definition.treedef
+        self._keys_sharding = definition.keys_sharding
+        self._vocab_size, self._max_position = definition.vocab_size, definition.max_position
+        self.empty_cache = self._jit(self._empty_cache, static_argnums=(1, 2))
         self.encode = self._jit(self._encode, static_argnums=2)
         self.fill = self._jit(self._fill, donate_argnums=1, static_argnames="scored")
         self.step = self._jit(self._step, donate_argnums=1)
+        self.search = jax.jit(self._search, static_argnums=(4, 5, 6))
         self.draw = jax.jit(self._draw, donate_argnums=1, static_argnames=("method", "num_best"))
         self.with_row = self._jit(KVCache.with_row, donate_argnums=0)
         self.of_rows = self._jit(lambda cache, rows: cache.of_rows(lambda a: a[rows]))
@@ -94,18 +130,17 @@ class Programs:
         self.memory_grown = self._jit(KVCache.memory_grown, static_argnums=1)
         self.emptied = self._jit(KVCache.emptied, static_argnums=(1, 2, 3))
         self.empty_store = jax.jit(self._empty_store, static_argnums=1)
-        self.save = jax.jit(_save, donate_argnums=0)
         self.load = self._jit(_load)
 
-    def model(self, leaves: list[jax.Array]) -> Model:
+    def _model(self, leaves: list[jax.Array]) -> Model:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
-    def next_logits(self, leaves, tokens, positions, segment_ids, cache):
+    def _next_logits(self, leaves, tokens, positions, segment_ids, cache):
         """tokens, positions, segment_ids: [B, 1] to logits [B, V] of the tokenizer's ids, and the cache."""
         batch = {"tokens": tokens, "positions": positions, "segment_ids": segment_ids}
-        out = self.model(leaves)(batch, cache=cache)
+        out = self._model(leaves)(batch, cache=cache)
         # A vocabulary padded for the mesh has ids that mean nothing.
-        return out.logits[:, -1, : self.vocab_size], out.cache
+        return out.logits[:, -1, : self._vocab_size], out.cache
 
     def _jit(self, function, **arguments):
         """jit, whose caches lie on the mesh as the model's heads do."""
@@ -129,29 +164,49 @@ class Programs:
             cache, **{name: jax.tree.map(pin, getattr(cache, name)) for name in names}
         )
 
+    def _empty_cache(self, leaves, batch_size: int, max_length: int) -> KVCache:
+        return self._model(leaves).init_cache(batch_size, max_length)
+
     def _encode(self, leaves, batch: dict[str, jax.Array], size: int) -> KVCache:
-        model = self.model(leaves)
+        model = self._model(leaves)
         return model.start(model.encode(batch), size)
 
     def _fill(
         self, leaves, cache: KVCache, batch: dict[str, jax.Array], *, scored: bool = False
     ) -> tuple[KVCache, jax.Array | None]:
         """Appends tokens; where `scored`, log probabilities [B, T] of batch["targets"] behind them, too."""
-        out = self.model(leaves)(batch, cache=cache)
+        out = self._model(leaves)(batch, cache=cache)
         if not scored:
             return out.cache, None
-        logits = out.logits[..., : self.vocab_size]
+        logits = out.logits[..., : self._vocab_size]
         chosen = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
         return out.cache, chosen - jax.nn.logsumexp(logits, axis=-1)
 
     def _step(self, leaves, cache: KVCache, rows: Rows) -> tuple[KVCache, jax.Array]:
         """The ring of keys takes one token of each row; returns the logits behind them, [B, V]."""
         column = lambda a: a[:, None]  # noqa: E731
-        logits, cache = self.next_logits(
+        logits, cache = self._next_logits(
             leaves, column(rows.tokens), column(rows.positions), column(rows.segment_ids), cache
         )
         size = cache.places.positions.shape[1]
         return dataclasses.replace(cache, length=cache.length % size), logits
+
+    def _search(
+        self,
+        leaves,
+        cache: KVCache,
+        tokens,
+        positions,
+        config: BeamConfig,
+        eos_id: int,
+        pad_id: int,
+    ) -> tuple[Beams, Beams]:
+        """Beam search from the last tokens of prompts, [B, 1] and their positions: see `search`."""
+
+        def next_logits(tokens, positions, cache):
+            return self._next_logits(leaves, tokens, positions, jnp.ones_like(tokens), cache)
+
+        return search(next_logits, config, cache, tokens, positions, eos_id=eos_id, pad_id=pad_id)
 
     def _draw(
         self, logits: jax.Array, rows: Rows, *, method: SamplingMethod, num_best: int
@@ -186,6 +241,11 @@ class Programs:
         return Store(*jax.tree.map(make, (cache.keys, cache.values)))
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled(definition: _Definition) -> _Compiled:
+    return _Compiled(definition)
+
+
 @jax.jit
 def next_rows(rows: Rows, old: Rows | None, source: jax.Array) -> Rows:
     """`rows` with what only the device knows, for rows that come from the row `source` >= 0 of `old`.
@@ -203,6 +263,7 @@ def next_rows(rows: Rows, old: Rows | None, source: jax.Array) -> Rows:
     )
 
 
+@functools.partial(jax.jit, donate_argnums=0)
 def _save(
     store: Store, cache: KVCache, row: jax.Array, columns: jax.Array, targets: jax.Array
 ) -> Store:

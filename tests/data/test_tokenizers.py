@@ -250,3 +250,18 @@ def test_lossy_models_need_consent(tmp_path):
         sentencepiece.make(sentencepiece.Config(path=path))
     tokenizer = sentencepiece.make(sentencepiece.Config(path=path, lossless=False))
     assert tokenizer.decode(tokenizer.encode("def  f")) == "def f"
+
+
+# Where such pieces may overlap, SentencePiece's unigram takes the last, Hugging Face the first.
+@pytest.mark.parametrize(("kind", "own"), [("bpe", ["▁▁▁"]), ("unigram", [])])
+def test_pieces_of_ones_own_keep_their_ids_in_hugging_face(kind, own, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    symbols = [*own, "<x>", "▁def", "ab\n", "  "]
+    options = {"model_type": kind, "user_defined_symbols": symbols, "add_dummy_prefix": False}
+    (tmp_path / "own.model").write_bytes(train_like_llama(**options))
+    tokenizer = sentencepiece.make(sentencepiece.Config(path=str(tmp_path / "own.model")))
+    tokenizer.save_huggingface(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["a   b    def f<x>\n\n      x", "  two", "cab\nab \n", "<x><x> def   def"]
+    for text in [*AWKWARD, *texts]:
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)

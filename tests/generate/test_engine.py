@@ -289,3 +289,25 @@ def test_the_engine_stops_at_a_string(engine):
     assert cut.tokens == whole.tokens[: len(cut.tokens)]
     with pytest.raises(ConfigError, match="must not hold an empty string"):
         SamplingConfig(stops=("",))
+
+
+def test_models_that_differ_in_their_parameters_share_programs():
+    """In a training loop each evaluation has an engine of its own."""
+    tokenizer, traced = RawBytesTokenizer(), []
+
+    class Model(type(tiny_model())):
+        def __call__(self, batch, **arguments):
+            traced.append(batch["tokens"].shape)
+            return super().__call__(batch, **arguments)
+
+    def engine_of(seed, **changes):
+        config = tiny_model(num_layers=1, **changes).config
+        return Engine(Model(config, precision=Precision(), rngs=nnx.Rngs(seed)), tokenizer)
+
+    texts = [engine_of(seed).generate(["ab"], GREEDY)[0].text for seed in (0, 1)]
+    once = len(traced)
+    texts.append(engine_of(0).generate(["ab"], GREEDY)[0].text)
+    assert texts[0] == texts[2] != texts[1]
+    assert len(traced) == once
+    engine_of(0, embed_dim=64).generate(["ab"], GREEDY)
+    assert len(traced) > once

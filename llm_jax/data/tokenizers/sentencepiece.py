@@ -162,7 +162,8 @@ class SentencePieceTokenizer(MetaSpaceTokenizer):
             plain_tokens={
                 i: _text_of(piece)
                 for i, piece in enumerate(pieces)
-                if piece.type == PieceType.USER_DEFINED
+                # SentencePiece looks for U+2581, never for a space.
+                if piece.type == PieceType.USER_DEFINED and " " not in piece.text
             },
             roles={
                 "bos_token": pieces[self.bos_id].text,
@@ -289,6 +290,9 @@ def _train_model(config: Config, chunks: list[bytes]) -> bytes:
     return with_control_pieces(trained, config.extra_tokens)
 
 
+_OF_TEXT = (PieceType.NORMAL, PieceType.USER_DEFINED)  # U+2581 in them is a space
+
+
 def _text_of(piece: Piece) -> str:
     return piece.text.replace(META_SPACE, " ")
 
@@ -306,7 +310,7 @@ def _huggingface_bpe(model: Model, unk_id: int) -> dict[str, Any]:
         if piece.type == PieceType.NORMAL
     ]
     vocab = {
-        _text_of(piece) if piece.type == PieceType.NORMAL else piece.text: i
+        _text_of(piece) if piece.type in _OF_TEXT else piece.text: i
         for i, piece in enumerate(_without_extra_tokens(model.pieces))
     }
     merges = merges_in_order(text for _, _, text in sorted(normal))
@@ -316,7 +320,10 @@ def _huggingface_bpe(model: Model, unk_id: int) -> dict[str, Any]:
 
 def _huggingface_unigram(model: Model, unk_id: int) -> dict[str, Any]:
     vocab = [
-        [_text_of(piece), piece.score] if piece.type == PieceType.NORMAL else [piece.text, _NEVER]
+        [
+            _text_of(piece) if piece.type in _OF_TEXT else piece.text,
+            piece.score if piece.type == PieceType.NORMAL else _NEVER,
+        ]
         for piece in _without_extra_tokens(model.pieces)
     ]
     return {"type": "Unigram", "unk_id": unk_id, "vocab": vocab, "byte_fallback": True}
