@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
@@ -50,6 +51,7 @@ def blocked_modules() -> set[str]:
     return {top for top, dists in owners.items() if not allowed & {normal(d) for d in dists}}
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_with_nothing_else_installed(run_python, tmp_path):
     blocked = blocked_modules()
     assert {"grain", "ml_collections", "sentencepiece", "pytest"} <= blocked

@@ -70,6 +70,7 @@ def test_a_state_that_does_not_fit_is_never_made(run_python, texts, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_the_step_is_explained_before_it_runs(run_python, texts, tmp_path):
     result = run_python(*TRAIN, "--workdir", tmp_path / "w", "--data", texts, "--explain_step",
                         "--config.mesh.fsdp=2", "--config.train.log_every=1",

@@ -214,6 +214,7 @@ def test_the_others_wait_for_one_that_takes_longer_to_end(script):
     assert "Terminating process" not in job.text()
 
 
+@pytest.mark.slow
 def test_one_that_is_done_still_misses_another_that_is_lost(script):
     job = script(2, """
         if index == 1:
