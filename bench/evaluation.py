@@ -161,9 +161,11 @@ def timed(model: Any) -> Iterator[list[float]]:
     names = ("loglikelihood", "loglikelihood_rolling")
     for name in names:
         setattr(model, name, watched(getattr(model, name)))
-    yield seconds
-    for name in names:
-        delattr(model, name)
+    try:
+        yield seconds
+    finally:
+        for name in names:
+            delattr(model, name)
 
 
 def measure(models: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -185,6 +187,8 @@ def measure(models: Mapping[str, Any], path: str) -> dict[str, Any]:
             spent[name].append(sum(seconds))
     ours, theirs = (float(np.median(spent[name][1:])) for name in ("ours", "Hugging Face"))
     gap = np.abs(found["ours"] - found["Hugging Face"]).max()
+    if gap > 1e-2:
+        raise SystemExit(f"log likelihoods differ by {gap:.1e} nats")
     return {"ours": ours, "Hugging Face": theirs, "ratio": theirs / ours, "gap": f"{gap:.1e}"}
 
 

@@ -10,7 +10,7 @@ Reserved batch keys, all host arrays of a batch have the global batch size B as 
 | segment_ids    | [B, T]         | int32   | 1, 2, ... one per packed document; 0 is padding               |
 | positions      | [B, T]         | int32   | position inside the document, from 0                          |
 | prefix         | [B, T]         | int32   | 1 for tokens that their whole segment sees (prefix LM)        |
-| visible        | [B, T, S]      | bool    | False where a query must not see a key of its own segment     |
+| visible        | [B, T, S]      | bool    | gpt: False where a query must not see a key of its own segment|
 | encoder_tokens | [B, S]         | int32   | input of an encoder; also encoder_segment_ids, _positions     |
 | token_types    | [B, T]         | int32   | 0 and 1: the first and the second text of a pair (BERT)       |
 | predict_positions | [B, P]      | int32   | where the targets are, if not everywhere: targets and         |

@@ -8,6 +8,7 @@ programs are compiled.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -88,7 +89,7 @@ class Scorer:
 
     Args:
       model: with `init_cache`; on the devices of `rules`.
-      max_length: most tokens that the model sees; None is the model's max_length.
+      max_length: most tokens that the model sees; None is the model's own max_length, the largest.
       batch_tokens: tokens that go through the model together, padding included.
 
     Attributes:
@@ -112,11 +113,15 @@ class Scorer:
             )
         if rules.shares("length") > 1:
             raise ConfigError("continuations are scored on a mesh with mesh.context = 1")
-        self.max_length = model.config.max_length if max_length is None else max_length
+        self._longest_row = model.config.max_length
+        self.max_length = self._longest_row if max_length is None else max_length
+        if self.max_length > self._longest_row:
+            raise ConfigError(
+                f"max_length {max_length} exceeds the {self._longest_row} of the model"
+            )
         self.computed = 0
         self._rules, self._batch_tokens = rules, batch_tokens
         self._vocab_size, self._num_heads = model.config.vocab_size, model.config.num_heads
-        self._longest_row = model.config.max_length
         self._row_tokens = min(_ROW_TOKENS, batch_tokens, self._longest_row)
         model = unstack(model)
         self._graphdef, self._state = nnx.split(model)
@@ -141,8 +146,11 @@ class Scorer:
         wanted = [i for i, q in enumerate(queries) if len(q.slots)]
         roots = prefix_tree([rows[i] for i in wanted], [queries[i] for i in wanted])
         longest = max((len(rows[i]) for i in wanted), default=0)
-        # A text and what may go on from it stay together, where that is not much more than the text.
-        room = min(padded_length(max(self._row_tokens, longest + longest // 8)), self._longest_row)
+        # A text and what may go on from it stay together, where that is not much more than the text
+        # and attention can hold all its scores.
+        square = power_of_two(math.isqrt(_SCORE_BYTES // (4 * self._num_heads)) + 1) // 2
+        room = min(padded_length(longest + longest // 8), square, self._longest_row)
+        room = max(room, self._row_tokens)
         nodes = [(root, 0) for root in roots]
         for slots, values, firsts in self._visit(nodes, None, [], room):
             log_probabilities[slots], best[slots] = values, firsts
@@ -203,16 +211,18 @@ class Scorer:
         for branching in (False, True):
             chosen = [row for row in rows if row.branches == branching]
             chosen.sort(key=lambda row: -row.length)
-            while chosen:
-                length = padded_length(chosen[0].length)
-                if not chosen[0].above and not keep:
+            used = _places(max((row.above for row in chosen), default=0))
+            first = 0
+            while first < len(chosen):
+                length = padded_length(chosen[first].length)
+                if not used and not keep:
                     length = min(length, self._longest_row)
-                most = self._num_rows(length, _above(chosen), dense=branching or keep)
+                most = self._num_rows(length, used, dense=branching or keep)
                 # Few sizes for what is left over.
                 sizes = [self._in_shares(max(most // part, 1)) for part in (8, 4, 2, 1)]
-                size = next((size for size in sizes if size >= len(chosen)), most)
-                yield (size, length), chosen[:size]
-                chosen = chosen[size:]
+                size = next((size for size in sizes if size >= len(chosen) - first), most)
+                yield (size, length), chosen[first : first + size]
+                first += size
 
     def _num_rows(self, length: int, used: int, *, dense: bool) -> int:
         """A power of two, and a multiple of the batch's shares."""
@@ -256,9 +266,10 @@ class Scorer:
             self.computed += row.length
         if not any(row.branches for row in rows):
             del batch["until"]
-        source = None
+        source, used = None, 0
         if cache is not None:
-            source = (np.zeros(size[0], np.int32), np.full((size[0], _above(rows)), -1, np.int32))
+            used = _places(max(row.above for row in rows))
+            source = (np.zeros(size[0], np.int32), np.full((size[0], used), -1, np.int32))
             for place, row in enumerate(rows):
                 source[0][place] = row.parent
                 source[1][place, : row.above] = columns[row.parent][: row.above]
@@ -272,7 +283,6 @@ class Scorer:
             to_global_batch(batch, self._rules, size[0]), tuple(asked),
             rules=self._rules, keep=keep,
         )  # fmt: skip
-        used = 0 if source is None else source[1].shape[1]
         below = [np.r_[: row.above, used : used + row.length] for row in rows]
         answers = (slots, np.asarray(values)[: len(slots)], np.asarray(firsts)[: len(slots)])
         return answers, behind, below
@@ -298,9 +308,8 @@ def padded_length(length: int) -> int:
     return size * 3 // 4 if size > SMALLEST_RUN and length <= size * 3 // 4 else size
 
 
-def _above(rows: list[Row]) -> int:
-    """Places for what stands above these rows."""
-    above = max(row.above for row in rows)
+def _places(above: int) -> int:
+    """For as many tokens that stand above rows."""
     return padded_length(above) if above else 0
 
 

@@ -183,7 +183,7 @@ class KVCache:
         return dataclasses.replace(cache, **jax.tree.map(change, rest))
 
     def gathered(self, rows: jax.Array, columns: jax.Array) -> "KVCache":
-        """Other rows that begin with tokens of these.
+        """Other rows that begin with tokens of these, and attend to the same memories.
 
         Args:
           rows: [B] int32, of each new row the one that it takes from.
@@ -199,8 +199,10 @@ class KVCache:
         places = dataclasses.replace(
             places, segment_ids=jnp.where(columns < 0, -1, places.segment_ids)
         )
+        names = ("memory_keys", "memory_values", "memory_places")
+        memory = {name: jax.tree.map(lambda a: a[rows], getattr(self, name)) for name in names}
         length = jnp.asarray(columns.shape[1], jnp.int32)
-        return dataclasses.replace(self, keys=keys, values=values, places=places, length=length)
+        return KVCache(keys, values, places, length, **memory)
 
     @property
     def num_rows(self) -> int:

@@ -21,7 +21,7 @@ from tokenizer_kinds import (
 from llm_jax.core.config import ConfigError, parse_component
 from llm_jax.data import tokenizers
 from llm_jax.data.tokenizers import sentencepiece, tiktoken
-from llm_jax.data.tokenizers.sentencepiece_proto import read_model
+from llm_jax.data.tokenizers.sentencepiece_proto import PieceType, read_model, with_control_pieces
 from llm_jax.data.tokenizers.training_sample import sample_chunks
 
 
@@ -264,4 +264,19 @@ def test_pieces_of_ones_own_keep_their_ids_in_hugging_face(kind, own, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts = ["a   b    def f<x>\n\n      x", "  two", "cab\nab \n", "<x><x> def   def"]
     for text in [*AWKWARD, *texts]:
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+
+
+def test_a_piece_that_is_never_found_hides_no_other_in_hugging_face(tmp_path):
+    """One with a space: SentencePiece looks for U+2581."""
+    transformers = pytest.importorskip("transformers")
+    model = train_like_llama(allow_whitespace_only_pieces=True, add_dummy_prefix=False)
+    own = with_control_pieces(model, ["  "])[:-1] + bytes([PieceType.USER_DEFINED])
+    (tmp_path / "own.model").write_bytes(own)
+    tokenizer = sentencepiece.make(sentencepiece.Config(path=str(tmp_path / "own.model")))
+    tokenizer.save_huggingface(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    (two,) = tokenizer.encode("  ")
+    assert two != tokenizer.vocab_size - 1
+    for text in ["a  b", "  ", "x    y"]:
         assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)

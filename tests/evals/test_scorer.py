@@ -7,6 +7,7 @@ from flax import nnx
 from tiny import make_model
 
 from llm_jax.core.config import ConfigError
+from llm_jax.evals import scorer as scorer_module
 from llm_jax.evals.prefix_tree import Queries, prefix_tree
 from llm_jax.evals.scorer import Request, Scorer, padded_length
 from llm_jax.nn.moe import MoeConfig
@@ -170,8 +171,29 @@ def test_bad_requests():
         ConfigError, match=f"holds token id {VOCAB}: ids of this model lie in 0..60"
     ):
         scorer.score([Request((0,), (VOCAB,))])
+    with pytest.raises(ConfigError, match="max_length 97 exceeds the 96 of the model"):
+        Scorer(model_of(), one_device(), max_length=97)
     with pytest.raises(ConfigError, match="cannot score continuations"):
         Scorer(object(), one_device())
+
+
+def test_rows_of_branches_are_no_larger_than_attention_can_hold(monkeypatch):
+    """A long question and its choices, which would be one row, are a trunk and short rows then."""
+    monkeypatch.setattr(scorer_module, "_SCORE_BYTES", 4 * 4 * 32 * 32)
+    monkeypatch.setattr(scorer_module, "_ROW_TOKENS", 24)
+    model, rng, sizes = model_of("learned"), np.random.default_rng(3), []
+    scorer, run, question = Scorer(model, one_device()), forward(model), ids(rng, 50)
+    compute = scorer._compute
+    monkeypatch.setattr(
+        scorer, "_compute",
+        lambda rows, cache, columns, size, **how: sizes.append((size, how["keep"]))
+        or compute(rows, cache, columns, size, **how),
+    )  # fmt: skip
+    requests = [Request(question, ids(rng, n)) for n in (9, 9, 9)]
+    for request, found in zip(requests, scorer.score(requests), strict=True):
+        log_probabilities, _ = alone(run, request)
+        np.testing.assert_allclose(found.log_probabilities, log_probabilities, atol=2e-5)
+    assert sizes == [((1, 64), True), ((1, 24), False)]
 
 
 def test_few_sizes():

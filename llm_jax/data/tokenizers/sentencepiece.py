@@ -290,9 +290,6 @@ def _train_model(config: Config, chunks: list[bytes]) -> bytes:
     return with_control_pieces(trained, config.extra_tokens)
 
 
-_OF_TEXT = (PieceType.NORMAL, PieceType.USER_DEFINED)  # U+2581 in them is a space
-
-
 def _text_of(piece: Piece) -> str:
     return piece.text.replace(META_SPACE, " ")
 
@@ -310,7 +307,7 @@ def _huggingface_bpe(model: Model, unk_id: int) -> dict[str, Any]:
         if piece.type == PieceType.NORMAL
     ]
     vocab = {
-        _text_of(piece) if piece.type in _OF_TEXT else piece.text: i
+        _name_in_huggingface(piece): i
         for i, piece in enumerate(_without_extra_tokens(model.pieces))
     }
     merges = merges_in_order(text for _, _, text in sorted(normal))
@@ -320,13 +317,18 @@ def _huggingface_bpe(model: Model, unk_id: int) -> dict[str, Any]:
 
 def _huggingface_unigram(model: Model, unk_id: int) -> dict[str, Any]:
     vocab = [
-        [
-            _text_of(piece) if piece.type in _OF_TEXT else piece.text,
-            piece.score if piece.type == PieceType.NORMAL else _NEVER,
-        ]
+        [_name_in_huggingface(piece), piece.score if piece.type == PieceType.NORMAL else _NEVER]
         for piece in _without_extra_tokens(model.pieces)
     ]
     return {"type": "Unigram", "unk_id": unk_id, "vocab": vocab, "byte_fallback": True}
+
+
+def _name_in_huggingface(piece: Piece) -> str:
+    if piece.type == PieceType.USER_DEFINED and " " in piece.text:
+        # Never found here, and there as good as never; as a space it would hide a normal piece.
+        return piece.text.replace(" ", META_SPACE + "\0")
+    of_text = piece.type in (PieceType.NORMAL, PieceType.USER_DEFINED)
+    return _text_of(piece) if of_text else piece.text
 
 
 def _without_extra_tokens(pieces: list[Piece]) -> list[Piece]:
