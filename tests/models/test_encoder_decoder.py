@@ -235,6 +235,7 @@ def loss_and_gradients(mesh: dict):
     return jax.device_get(compute(params, batch))
 
 
+@pytest.mark.slow
 def test_shares_give_the_same_loss_and_gradients():
     """What the Transformer of 2017 has else, biases and tied embeddings, tests/models/test_bert.py has."""
     grads, loss = loss_and_gradients({"data": 2, "fsdp": 2, "tensor": 2})

@@ -36,6 +36,7 @@ def texts(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit(run_python, texts, tmp_path):
     """Under `ulimit -v`, as batch systems set it, so that no machine is large enough."""
     code = (

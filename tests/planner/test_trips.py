@@ -102,6 +102,7 @@ def test_rounds_that_only_the_router_knows_count_as_none():
     assert loop.trips == 7
 
 
+@pytest.mark.slow
 def test_experts_name_their_further_rounds():
     experts = {"num_experts": 4, "mlp_dim": 32}
     step = compile_small({"expert": 2, "fsdp": 4}, experts=experts, mlp_dim=None)

@@ -72,7 +72,12 @@ def losses(run):
     return found
 
 
-@every_config
+# Shrunk, these are near another: Mixtral, and BERT of pairs.
+ALIKE = ("moe_tiny", "minilm_fortunes")
+SHRUNK = [pytest.param(p, marks=pytest.mark.slow if p.stem in ALIKE else ()) for p in CONFIGS]
+
+
+@pytest.mark.parametrize("path", SHRUNK, ids=[p.stem for p in CONFIGS])
 def test_it_trains_two_steps_when_shrunk(path):
     """Those that differ in size alone are one program."""
     first, second = losses(shrunk(path))

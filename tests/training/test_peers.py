@@ -137,6 +137,7 @@ def test_a_killed_process_ends_the_run_and_is_named(run, count, victim):
     assert f"resuming after step {kept}" in again.text()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_the_run_at_one_step(run):
     job = run(2, "--config.checkpoint.save_every=100000")
     job.wait_for_step(3)
@@ -265,6 +266,7 @@ def test_an_error_of_ones_own_device_is_not_blamed_on_a_peer(script):
     assert "ended: RESOURCE_EXHAUSTED: out of memory" in job.outputs[0].read_text()
 
 
+@pytest.mark.slow
 def test_the_others_wait_for_process_0_to_explain(script):
     """As when all run out of memory in one step, and a compiler is to say why."""
     job = script(3, """

@@ -62,7 +62,9 @@ def test_accumulation_equals_one_big_batch(sizes):
     assert_trees_close(accumulated, params, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
+@pytest.mark.parametrize(
+    "name", ["lion", "adafactor", pytest.param("muon", marks=pytest.mark.slow)]
+)
 def test_every_optimizer_learns_on_a_mesh(name):
     run = run_config(optimizer={"name": name})
     losses, _ = train(run, {"data": 2, "tensor": 2}, steps=6, batches=1)
