@@ -11,6 +11,7 @@ The log likelihoods of both must agree. The rate of the machine's matmul stands 
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from bench.measure import json_flag, machine, show, write_json
+from bench.measure import interleaved, json_flag, machine, show, write_json
 from llm_jax.core.types import Tokenizer
 from llm_jax.data.tokenizers import sentencepiece
 from llm_jax.evals import harness_model
@@ -172,20 +173,16 @@ def measure(models: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Seconds of both sides, and by how much the log likelihoods differ that they give."""
     found: dict[str, np.ndarray] = {}
 
-    def run(name: str) -> None:
-        with contextlib.redirect_stderr(io.StringIO()):
+    def run(name: str) -> float:
+        with contextlib.redirect_stderr(io.StringIO()), timed(models[name]) as seconds:
             results = harness_model.run_tasks(models[name], [path])
         (samples,) = results["samples"].values()
         answers = [answer for sample in samples for (answer,) in sample["resps"]]
         found[name] = np.array([a[0] if isinstance(a, tuple) else a for a in answers], np.float64)
+        return sum(seconds)
 
-    spent = {name: [] for name in models}
-    for _ in range(ROUNDS + 1):  # the first compiles
-        for name, model in models.items():
-            with timed(model) as seconds:
-                run(name)
-            spent[name].append(sum(seconds))
-    ours, theirs = (float(np.median(spent[name][1:])) for name in ("ours", "Hugging Face"))
+    seconds = interleaved({name: functools.partial(run, name) for name in models}, ROUNDS)
+    ours, theirs = seconds["ours"], seconds["Hugging Face"]
     gap = np.abs(found["ours"] - found["Hugging Face"]).max()
     if gap > 1e-2:
         raise SystemExit(f"log likelihoods differ by {gap:.1e} nats")

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 
-def interleaved(contenders: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each contender over `rounds`, run in turns after one warm-up each.
 
+    A contender that returns a float counts only those seconds.
     Turns, because a noisy machine is noisy for everyone in the same minute.
     """
     for run in contenders.values():
@@ -24,8 +26,8 @@ def interleaved(contenders: Mapping[str, Callable[[], None]], rounds: int) -> di
     for _ in range(rounds):
         for name, run in contenders.items():
             start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            own = run()
+            seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -1,7 +1,7 @@
 """Log probabilities of continuations, by which text evaluators judge a causal model.
 
 All requests become one tree of shared beginnings (see `prefix_tree`), and each of its tokens goes through the
-model once: branches packed into rows (see `packing`), behind the keys and values of what stands above them.
+model once: branches packed into rows (see `branches`), behind the keys and values of what stands above them.
 The head computes logits of asked tokens alone. Rows are batched by length, in few sizes, so that few
 programs are compiled.
 """
@@ -18,7 +18,7 @@ from flax import nnx
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Head, Model, Tokenizer
-from llm_jax.evals.packing import Row, pack, trunk
+from llm_jax.evals.branches import Row, pack, trunk
 from llm_jax.evals.prefix_tree import Node, Queries, prefix_tree
 from llm_jax.generate.prompts import power_of_two
 from llm_jax.generate.sampler import first_argmax
@@ -32,7 +32,7 @@ from llm_jax.sharding.rules import AxisRules, use_rules
 SMALLEST_RUN = 16
 _ROW_TOKENS = 384  # of a row that several branches share
 _HEAD_TOKENS = 256  # whose logits stand in memory together
-_SCORE_BYTES = 2**30  # of attention on a device, which a cache has computed whole
+_SCORE_BYTES = 2**30  # of attention on a device, computed whole for branches and behind a cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +84,23 @@ class Likelihood:
         return bool(self.best.all())
 
 
+@dataclasses.dataclass(frozen=True)
+class _Above:
+    """What rows stand behind: rows of a cache, and where the tokens of each are in it."""
+
+    cache: KVCache
+    columns: list[np.ndarray]
+
+
 class Scorer:
     """Scores requests with a causal model; several evaluators may share one.
 
     Args:
       model: with `init_cache`; on the devices of `rules`.
-      max_length: most tokens that the model sees; None is the model's own max_length, the largest.
       batch_tokens: tokens that go through the model together, padding included.
 
     Attributes:
+      max_length: most tokens that the model sees.
       computed: tokens that went through the model so far, without padding.
 
     Raises:
@@ -104,7 +112,6 @@ class Scorer:
         model: Model,
         rules: AxisRules,
         *,
-        max_length: int | None = None,
         batch_tokens: int = 4096,
     ):
         if not hasattr(model, "init_cache"):
@@ -113,16 +120,11 @@ class Scorer:
             )
         if rules.shares("length") > 1:
             raise ConfigError("continuations are scored on a mesh with mesh.context = 1")
-        self._longest_row = model.config.max_length
-        self.max_length = self._longest_row if max_length is None else max_length
-        if self.max_length > self._longest_row:
-            raise ConfigError(
-                f"max_length {max_length} exceeds the {self._longest_row} of the model"
-            )
+        self.max_length = model.config.max_length
         self.computed = 0
         self._rules, self._batch_tokens = rules, batch_tokens
         self._vocab_size, self._num_heads = model.config.vocab_size, model.config.num_heads
-        self._row_tokens = min(_ROW_TOKENS, batch_tokens, self._longest_row)
+        self._row_tokens = min(_ROW_TOKENS, batch_tokens, self.max_length)
         model = unstack(model)
         self._graphdef, self._state = nnx.split(model)
         self._empty_cache = jax.jit(model.init_cache, static_argnums=(0, 1))
@@ -149,10 +151,10 @@ class Scorer:
         # A text and what may go on from it stay together, where that is not much more than the text
         # and attention can hold all its scores.
         square = power_of_two(math.isqrt(_SCORE_BYTES // (4 * self._num_heads)) + 1) // 2
-        room = min(padded_length(longest + longest // 8), square, self._longest_row)
+        room = min(padded_length(longest + longest // 8), square, self.max_length)
         room = max(room, self._row_tokens)
         nodes = [(root, 0) for root in roots]
-        for slots, values, firsts in self._visit(nodes, None, [], room):
+        for slots, values, firsts in self._visit(nodes, None, room):
             log_probabilities[slots], best[slots] = values, firsts
         return [
             Likelihood(log_probabilities[a:b], best[a:b], cut)
@@ -177,34 +179,34 @@ class Scorer:
     def _visit(
         self,
         nodes: list[tuple[Node, int]],
-        cache: KVCache | None,
-        columns: list[np.ndarray],
+        above: _Above | None,
         room: int,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(slots, log probabilities, whether first) of these nodes and all below them.
 
         Args:
-          nodes: each with the row of `cache` that it stands behind.
-          columns: of each row, where its tokens are.
+          nodes: each with the row of `above` that it stands behind.
           room: most tokens of a branch that is computed in one row.
         """
-        branches = [(n, parent) for n, parent in nodes if n.size <= room or not n.children]
-        packed = pack(branches, self._row_tokens, behind=cache is not None)
-        for size, rows in self._batches(packed, False):
-            answers, _, _ = self._compute(rows, cache, columns, size, keep=False)
-            yield answers
+        branches: list[tuple[Node, int]] = []
         leaving: dict[Row, list[Node]] = {}
         for node, parent in nodes:
-            if node.size > room and node.children:
+            if node.size <= room or not node.children:
+                branches.append((node, parent))
+            else:
                 way, left = trunk(node, room)
                 row = Row(parent, node.start)
                 row.add_trunk(way)
                 leaving[row] = left
+        packed = pack(branches, self._row_tokens, behind=above is not None)
+        for size, rows in self._batches(packed, False):
+            answers, _ = self._compute(rows, above, size, keep=False)
+            yield answers
         for size, rows in self._batches(list(leaving), True):
-            answers, behind, below = self._compute(rows, cache, columns, size, keep=True)
+            answers, behind = self._compute(rows, above, size, keep=True)
             yield answers
             children = [(child, place) for place, row in enumerate(rows) for child in leaving[row]]
-            yield from self._visit(children, behind, below, room)
+            yield from self._visit(children, behind, room)
 
     def _batches(self, rows: list[Row], keep: bool) -> Iterator[tuple[tuple[int, int], list[Row]]]:
         """((rows, padded length), rows), the longest first; those without branches apart."""
@@ -214,9 +216,7 @@ class Scorer:
             used = _places(max((row.above for row in chosen), default=0))
             first = 0
             while first < len(chosen):
-                length = padded_length(chosen[first].length)
-                if not used and not keep:
-                    length = min(length, self._longest_row)
+                length = min(padded_length(chosen[first].length), self.max_length)
                 most = self._num_rows(length, used, dense=branching or keep)
                 # Few sizes for what is left over.
                 sizes = [self._in_shares(max(most // part, 1)) for part in (8, 4, 2, 1)]
@@ -242,13 +242,12 @@ class Scorer:
     def _compute(
         self,
         rows: list[Row],
-        cache: KVCache | None,
-        columns: list[np.ndarray],
+        above: _Above | None,
         size: tuple[int, int],
         *,
         keep: bool,
-    ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], KVCache | None, list[np.ndarray]]:
-        """Also the cache behind these rows if it is kept, and where the tokens of each row are in it."""
+    ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], _Above | None]:
+        """Also these rows for others to stand behind, if they are kept."""
         names = ("tokens", "positions", "segment_ids", "until")
         batch = {name: np.zeros(size, np.int32) for name in names}
         asked, slots = [], []
@@ -266,13 +265,14 @@ class Scorer:
             self.computed += row.length
         if not any(row.branches for row in rows):
             del batch["until"]
-        source, used = None, 0
-        if cache is not None:
+        cache, source, used = None, None, 0
+        if above is not None:
+            cache = above.cache
             used = _places(max(row.above for row in rows))
             source = (np.zeros(size[0], np.int32), np.full((size[0], used), -1, np.int32))
             for place, row in enumerate(rows):
                 source[0][place] = row.parent
-                source[1][place, : row.above] = columns[row.parent][: row.above]
+                source[1][place, : row.above] = above.columns[row.parent][: row.above]
         elif keep:
             cache = self._empty_cache(size[0], 0)
         asked = np.concatenate(asked, axis=1).astype(np.int32)
@@ -283,9 +283,11 @@ class Scorer:
             to_global_batch(batch, self._rules, size[0]), tuple(asked),
             rules=self._rules, keep=keep,
         )  # fmt: skip
-        below = [np.r_[: row.above, used : used + row.length] for row in rows]
         answers = (slots, np.asarray(values)[: len(slots)], np.asarray(firsts)[: len(slots)])
-        return answers, behind, below
+        if not keep:
+            return answers, None
+        columns = [np.r_[: row.above, used : used + row.length] for row in rows]
+        return answers, _Above(behind, columns)
 
     def _asked_room(self, count: int, size: int) -> int:
         """Places for `count` questions of `size` rows: few different numbers, so few programs."""

@@ -67,17 +67,6 @@ class Store:
     values: tuple[jax.Array, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Definition:
-    """A model without its parameters, and what else the programs depend on."""
-
-    graphdef: nnx.GraphDef
-    treedef: jax.tree_util.PyTreeDef
-    keys_sharding: NamedSharding | None
-    vocab_size: int
-    max_position: int
-
-
 class Programs:
     """All programs of one model; `vocab_size` is the tokenizer's.
 
@@ -95,9 +84,8 @@ class Programs:
             _head_apart(model)
         graphdef, state = nnx.split(model)
         leaves, treedef = jax.tree.flatten(_cast(state, model.precision.dtype))
-        compiled = _compiled(
-            _Definition(graphdef, treedef, _keys_sharding(state), vocab_size, max_position)
-        )
+        keys_sharding = _keys_sharding(state)
+        compiled = _Compiled(graphdef, treedef, keys_sharding, vocab_size, max_position)
         of_model = lambda function: functools.partial(function, leaves)  # noqa: E731
         self.empty_cache = of_model(compiled.empty_cache)
         self.encode = of_model(compiled.encode)
@@ -111,13 +99,22 @@ class Programs:
         self.empty_store, self.save = compiled.empty_store, _save
 
 
+# A process has a few models at once; the programs of those long gone are given up.
+@functools.lru_cache(maxsize=8)
 class _Compiled:
-    """Jitted functions; `leaves` are a model's parameters."""
+    """Jitted functions of a model without its parameters, which they get as `leaves`."""
 
-    def __init__(self, definition: _Definition):
-        self._graphdef, self._treedef = definition.graphdef, definition.treedef
-        self._keys_sharding = definition.keys_sharding
-        self._vocab_size, self._max_position = definition.vocab_size, definition.max_position
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        treedef: jax.tree_util.PyTreeDef,
+        keys_sharding: NamedSharding | None,
+        vocab_size: int,
+        max_position: int,
+    ):
+        self._graphdef, self._treedef = graphdef, treedef
+        self._keys_sharding = keys_sharding
+        self._vocab_size, self._max_position = vocab_size, max_position
         self.empty_cache = self._jit(self._empty_cache, static_argnums=(1, 2))
         self.encode = self._jit(self._encode, static_argnums=2)
         self.fill = self._jit(self._fill, donate_argnums=1, static_argnames="scored")
@@ -239,11 +236,6 @@ class _Compiled:
         heads = lambda a: a.shape[0] // cache.num_rows  # noqa: E731
         make = lambda a: jnp.zeros((tokens, heads(a), a.shape[2]), a.dtype)  # noqa: E731
         return Store(*jax.tree.map(make, (cache.keys, cache.values)))
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(definition: _Definition) -> _Compiled:
-    return _Compiled(definition)
 
 
 @jax.jit

@@ -183,7 +183,7 @@ class KVCache:
         return dataclasses.replace(cache, **jax.tree.map(change, rest))
 
     def gathered(self, rows: jax.Array, columns: jax.Array) -> "KVCache":
-        """Other rows that begin with tokens of these, and attend to the same memories.
+        """Other rows that begin with tokens of these; of a decoder, which has no memory.
 
         Args:
           rows: [B] int32, of each new row the one that it takes from.
@@ -199,10 +199,7 @@ class KVCache:
         places = dataclasses.replace(
             places, segment_ids=jnp.where(columns < 0, -1, places.segment_ids)
         )
-        names = ("memory_keys", "memory_values", "memory_places")
-        memory = {name: jax.tree.map(lambda a: a[rows], getattr(self, name)) for name in names}
-        length = jnp.asarray(columns.shape[1], jnp.int32)
-        return KVCache(keys, values, places, length, **memory)
+        return KVCache(keys, values, places, jnp.asarray(columns.shape[1], jnp.int32))
 
     @property
     def num_rows(self) -> int:

@@ -63,18 +63,18 @@ class Choice(abc.ABC):
 class Answer(abc.ABC):
     """What a request is answered with.
 
-    identity: how its id begins; kinds: its `object`, whole and streamed; choices: made by the subclass.
+    id_prefix: of its id; kinds: its `object`, whole and streamed; choices: made by the subclass.
     """
 
-    identity: ClassVar[str]
+    id_prefix: ClassVar[str]
     kinds: ClassVar[tuple[str, str]]
     choices: list[Any]
 
     def __init__(self, service: Service, request: CompletionRequest | ChatRequest):
         service.check_model(request.model)
         request.check_stream()
-        self._service, self._stream, self._with_usage = service, request.stream, request.with_usage
-        self._identity = f"{self.identity}-{secrets.token_hex(12)}"
+        self._service, self._request = service, request
+        self._identity = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self._name, self._created = json.dumps(service.about.name), int(time.time())
 
     @abc.abstractmethod
@@ -100,7 +100,7 @@ class Answer(abc.ABC):
         except BaseException:
             reply.drop()
             raise
-        if self._stream:
+        if self._request.stream:
             return Events(reply, self._chunks(reply), end=_DONE)
         return Whole(reply, lambda: self._whole(reply))
 
@@ -123,7 +123,7 @@ class Answer(abc.ABC):
                     told.append(message(choice.told(streamed=True)))
             if told:
                 yield "".join(told).encode("ascii")
-        if self._with_usage:
+        if self._request.with_usage:
             yield f'{start}"choices":[],{self._usage()}}}\n\n'.encode("ascii")
 
     async def _whole(self, reply: Reply) -> bytes:

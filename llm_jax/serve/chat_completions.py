@@ -20,7 +20,7 @@ NO_CHATS = (
 class ChatAnswer(Answer):
     """Raises ApiError for what the model, or this server, cannot do."""
 
-    identity = "chatcmpl"
+    id_prefix = "chatcmpl"
     kinds = ("chat.completion", "chat.completion.chunk")
 
     def __init__(self, service: Service, request: ChatRequest):

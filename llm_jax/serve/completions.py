@@ -18,7 +18,7 @@ DEFAULT_TOKENS = 16  # OpenAI's
 class CompletionAnswer(Answer):
     """Raises ApiError for what the model, or this server, cannot do."""
 
-    identity = "cmpl"
+    id_prefix = "cmpl"
     kinds = ("text_completion", "text_completion")
 
     def __init__(self, service: Service, request: CompletionRequest):
@@ -38,7 +38,7 @@ class CompletionAnswer(Answer):
         # Where nothing is to come, one token does, and is not told: a prompt is accepted by the engine alone.
         self._silent = asked == 0
         tokens = service.new_tokens(asked or None, DEFAULT_TOKENS) if asked != 0 else 1
-        self._request, self._prompts = request, _prompts(service, request)
+        self._prompts = _prompts(service, request)
         size = service.vocabulary.size
         config = request.config(tokens, size)
         self.choices = [

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from llm_jax.evals.packing import pack, trunk
+from llm_jax.evals.branches import pack, trunk
 from llm_jax.evals.prefix_tree import Queries, prefix_tree
 
 
@@ -30,17 +30,30 @@ def below(node):
     return {node}.union(*map(below, node.children))
 
 
+def small(nodes):
+    """Branches of 64 tokens at most, and what is left of larger ones."""
+    for node in nodes:
+        yield from small(node.children) if node.size > 64 and node.children else [node]
+
+
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("seed", range(8))
 def test_a_token_is_seen_by_its_own_branch(seed, behind):
     rng = np.random.default_rng(seed)
-    branches = [(node, int(rng.integers(0, 3))) for node in tree(rng)]
+    branches = [(node, int(rng.integers(0, 3))) for node in small(tree(rng))]
     assert any(node.children for node, _ in branches)
     rows = pack(branches, 64, behind=behind)
     placed = [run.node for row in rows for run in row.runs]
     assert len(placed) == len(set(placed))
     assert set(placed) == set().union(*(below(node) for node, _ in branches))
     parents = dict(branches)
+    filled: dict[tuple, list[int]] = {}
+    for row in rows:
+        top = row.runs[0].node
+        kind = (row.parent, row.above) if behind else bool(top.children)
+        filled.setdefault(kind, []).append(row.length)
+    # First fit: no two rows of a kind would have gone into one.
+    assert all(a + b > 64 for of in filled.values() for a, b in itertools.combinations(of, 2))
     for row in rows:
         tops = [run.node for run in row.runs if run.node in parents]
         assert row.length <= 64 or len(tops) == 1

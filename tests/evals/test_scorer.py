@@ -171,8 +171,6 @@ def test_bad_requests():
         ConfigError, match=f"holds token id {VOCAB}: ids of this model lie in 0..60"
     ):
         scorer.score([Request((0,), (VOCAB,))])
-    with pytest.raises(ConfigError, match="max_length 97 exceeds the 96 of the model"):
-        Scorer(model_of(), one_device(), max_length=97)
     with pytest.raises(ConfigError, match="cannot score continuations"):
         Scorer(object(), one_device())
 
@@ -186,8 +184,8 @@ def test_rows_of_branches_are_no_larger_than_attention_can_hold(monkeypatch):
     compute = scorer._compute
     monkeypatch.setattr(
         scorer, "_compute",
-        lambda rows, cache, columns, size, **how: sizes.append((size, how["keep"]))
-        or compute(rows, cache, columns, size, **how),
+        lambda rows, above, size, **how: sizes.append((size, how["keep"]))
+        or compute(rows, above, size, **how),
     )  # fmt: skip
     requests = [Request(question, ids(rng, n)) for n in (9, 9, 9)]
     for request, found in zip(requests, scorer.score(requests), strict=True):

@@ -100,7 +100,7 @@ def test_axes_in_pairs(sizes):
     check(sizes)
 
 
-# Which takes long.
+# Experts meet fsdp, data and tensor in FOUR_OF_EXPERTS, and each of these axes another in PAIRS.
 ALSO = ("data", "fsdp", "tensor", "context", "pipeline")
 ALSO_TOGETHER = [pytest.param(axis, marks=pytest.mark.slow) for axis in ALSO]
 

@@ -162,8 +162,7 @@ class SentencePieceTokenizer(MetaSpaceTokenizer):
             plain_tokens={
                 i: _text_of(piece)
                 for i, piece in enumerate(pieces)
-                # SentencePiece looks for U+2581, never for a space.
-                if piece.type == PieceType.USER_DEFINED and " " not in piece.text
+                if piece.type == PieceType.USER_DEFINED and not _never_found(piece)
             },
             roles={
                 "bos_token": pieces[self.bos_id].text,
@@ -323,9 +322,14 @@ def _huggingface_unigram(model: Model, unk_id: int) -> dict[str, Any]:
     return {"type": "Unigram", "unk_id": unk_id, "vocab": vocab, "byte_fallback": True}
 
 
+def _never_found(piece: Piece) -> bool:
+    """SentencePiece looks for U+2581, never for a space."""
+    return piece.type == PieceType.USER_DEFINED and " " in piece.text
+
+
 def _name_in_huggingface(piece: Piece) -> str:
-    if piece.type == PieceType.USER_DEFINED and " " in piece.text:
-        # Never found here, and there as good as never; as a space it would hide a normal piece.
+    if _never_found(piece):
+        # As good as never found there, too; as a space it would hide a normal piece.
         return piece.text.replace(" ", META_SPACE + "\0")
     of_text = piece.type in (PieceType.NORMAL, PieceType.USER_DEFINED)
     return _text_of(piece) if of_text else piece.text

@@ -51,10 +51,13 @@ class GPT(nnx.Module):
                 f"{self.config.max_length}"
             )
         rules = active_rules()
-        if rules is not None and rules.shares("length") > 1 and "positions" not in batch:
-            raise ValueError("a batch in shares of the sequence needs positions: see length_order")
-        if rules is not None and rules.shares("length") > 1 and "visible" in batch:
-            raise ValueError("what is visible needs whole sequences: use a mesh with context=1")
+        if rules is not None and rules.shares("length") > 1:
+            if "positions" not in batch:
+                raise ValueError(
+                    "a batch in shares of the sequence needs positions: see length_order"
+                )
+            if "visible" in batch:
+                raise ValueError("what is visible needs whole sequences: use a mesh with context=1")
         places = Places.of(tokens, batch.get("segment_ids"), batch.get("positions"))
         keys = jax.random.split(key) if train and key is not None else (None, None)
         # Gathered whole over "fsdp" before the lookup, as any other weight: else the lookup would

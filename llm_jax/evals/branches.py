@@ -43,15 +43,17 @@ class Row:
         todo = [branch]
         while todo:
             node = todo.pop()
-            self.runs.append(Run(node, self.length, self.length + node.size, segment))
-            self.length += len(node.tokens)
+            self._append(node, segment)
             todo.extend(reversed(node.children))
         self.branches |= bool(branch.children)
 
     def add_trunk(self, nodes: Sequence[Node]) -> None:
         for node in nodes:
-            self.runs.append(Run(node, self.length, self.length + node.size, 1))
-            self.length += len(node.tokens)
+            self._append(node, 1)
+
+    def _append(self, node: Node, segment: int) -> None:
+        self.runs.append(Run(node, self.length, self.length + node.size, segment))
+        self.length += len(node.tokens)
 
 
 def pack(branches: Iterable[tuple[Node, int]], row_tokens: int, *, behind: bool) -> list[Row]:
