@@ -283,6 +283,8 @@ def test_ctrl_c_of_the_command(ended_by, tmp_path):
     process = subprocess.Popen(
         [sys.executable, *PLAN, *deep, "--topology", "local", "--cache", tmp_path],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ),
+        # A script that starts the tests in the background makes them ignore it, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".compiling-*")) and time.monotonic() < deadline:
