@@ -25,6 +25,7 @@ from llm_jax.export.folder import new_folder
 from llm_jax.export.gguf_models import ROPE_FACTORS, Convention, Tensor
 from llm_jax.export.gguf_vocabulary import vocabulary_of
 from llm_jax.export.probes import Forward, forward_of, host
+from llm_jax.export.slabs import slabs
 from llm_jax.models.gpt import hf as gpt_hf
 from llm_jax.models.hf_folder import build
 from llm_jax.models.hf_table import Plan
@@ -123,7 +124,7 @@ class GgufExporter:
         if factors is not None:
             writer.write_tensor_data(factors)
         for tensor, kind in zip(tensors, kinds, strict=True):
-            writer.write_tensor_data(gguf.quantize(tensor.of(plan, params), kind))
+            writer.write_tensor_data(_quantized(gguf, tensor.of(plan, params), kind))
         writer.close()
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -199,6 +200,18 @@ def _names(convention: Convention, config: Any) -> Any:
 
     (arch,) = (k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == convention.name)
     return gguf.get_tensor_name_map(arch, config.num_layers)
+
+
+def _quantized(gguf, x: np.ndarray, kind: Any) -> np.ndarray:
+    """x as the file has it, a few rows at a time: never a copy of all of it in float32 beside."""
+    out, end = None, 0
+    for slab in slabs(x):
+        part = gguf.quantize(slab, kind)
+        if out is None:
+            out = np.empty((len(x), *part.shape[1:]), part.dtype)
+        out[end : end + len(part)] = part
+        end += len(part)
+    return out
 
 
 def _stored_as(gguf: ModuleType, tensor: Tensor, dtype: Dtype) -> Any:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from llm_jax.core.config import ConfigError, parse, to_dict
-from llm_jax.export.slabs import contiguous
 from llm_jax.models.gpt import Config
 from llm_jax.models.gpt import hf as gpt_hf
 from llm_jax.models.hf_table import Architecture, Entry, Plan, flat, nested
@@ -275,7 +274,7 @@ class Tensor:
     factor: float = 1.0
 
     def of(self, plan: Plan, params: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Of our parameters: float32, contiguous."""
+        """Of our parameters: float32, in any order of axes."""
         if self.entries[0].row.depth == 2:
             out = np.empty(self.shape, np.float32)
             for place, entry in enumerate(self.entries):
@@ -287,7 +286,7 @@ class Tensor:
             x = x.reshape(self.heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
         if self.offset or self.factor != 1:
             x = (x + np.float32(self.offset)) * np.float32(self.factor)
-        return contiguous(x)
+        return x
 
     def back(self, x: np.ndarray) -> list[np.ndarray]:
         """Hugging Face's tensors, one for each entry; the factor stays, as llama.cpp computes with it."""

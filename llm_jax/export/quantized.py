@@ -28,7 +28,7 @@ from llm_jax.export.certificate import Tolerances
 from llm_jax.export.folder import new_folder
 from llm_jax.export.probes import Forward, forward_of, host
 from llm_jax.export.safetensors_file import DTYPES, Item, Reader, Spec, write_folder
-from llm_jax.export.slabs import contiguous
+from llm_jax.export.slabs import slabs
 from llm_jax.models.hf_folder import Source, build
 from llm_jax.models.hf_table import Architecture, Entry, Plan
 from llm_jax.training.config import RunConfig, check_vocabulary
@@ -39,7 +39,6 @@ _KEY = "quantization_config"  # of config.json
 _METHOD = "llm_jax"
 _LEVELS = {"int8": 127, "int4": 7}
 _SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's largest value
-_AT_ONCE = 2**20  # weights
 _TOLERANCES = {
     "int8": Tolerances(difference=None, kl_divergence=0.02, equal_tokens=0.9, nats=0.02),
     "int4": Tolerances(difference=None, kl_divergence=0.3, equal_tokens=0.6, nats=0.3),
@@ -176,14 +175,15 @@ class _Scheme:
         )
 
     def encode(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(codes, scales) of [out, in] float32, a few rows at a time."""
+        """(codes, scales) of [out, in] float32, in any order of axes: a few rows at a time."""
         code_spec, scale_spec = self.specs()
         codes = np.empty(code_spec.shape, DTYPES[code_spec.dtype])
         scales = np.empty(scale_spec.shape, DTYPES[scale_spec.dtype])
-        step = max(1, _AT_ONCE // self.shape[1])
-        for start in range(0, self.shape[0], step):
-            rows = slice(start, start + step)
-            x = self._groups(matrix[rows])
+        end = 0
+        for slab in slabs(matrix):
+            rows = slice(end, end + len(slab))
+            end = rows.stop
+            x = self._groups(slab)
             scales[rows] = self._scales(x).astype(scales.dtype)
             if not np.isfinite(scales[rows].astype(np.float32)).all():
                 raise ConfigError(f"{self.name} has values that are not finite: they have no codes")
@@ -239,7 +239,7 @@ def _item(plan: Plan, entry: Entry, params: hf.Params, scheme: _Scheme) -> Item:
         if scheme.levels is None:
             yield tensor
         else:
-            yield from scheme.encode(contiguous(tensor.T if scheme.turned else tensor))
+            yield from scheme.encode(tensor.T if scheme.turned else tensor)
 
     return Item(scheme.specs(), make)
 

@@ -36,18 +36,6 @@ def slabs(x: np.ndarray) -> Iterator[np.ndarray]:
         yield out
 
 
-def contiguous(x: np.ndarray) -> np.ndarray:
-    """x in C order; a copy, unless it is so already."""
-    if x.flags.c_contiguous:
-        return x
-    out = np.empty(x.shape, x.dtype)
-    at = 0
-    for slab in slabs(x):
-        out[at : at + len(slab)] = slab
-        at += len(slab)
-    return out
-
-
 def _transpose(x: np.ndarray, out: np.ndarray, tile: np.ndarray) -> None:
     """out[...] = x, [m, n] whose columns are contiguous."""
     for i in range(0, x.shape[0], _TILE):

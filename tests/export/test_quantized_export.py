@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from llm_jax.core.config import ConfigError, parse
 from llm_jax.core.flags import RunError
-from llm_jax.export import hf, quantized
+from llm_jax.export import hf, quantized, slabs
 from llm_jax.export.certificate import verify
 from llm_jax.export.quantized import Config, _Scheme
 from llm_jax.export.safetensors_file import Reader
@@ -57,7 +57,7 @@ def test_rows_of_zeros_and_odd_sizes_survive():
 def test_long_matrices_are_encoded_as_short_ones(monkeypatch):
     x = np.random.default_rng(0).standard_normal((9, 16)).astype(np.float32)
     whole = scheme(x.shape, 7, 4).encode(x)
-    monkeypatch.setattr(quantized, "_AT_ONCE", 40)
+    monkeypatch.setattr(slabs, "_BYTES", 160)
     for a, b in zip(whole, scheme(x.shape, 7, 4).encode(x), strict=True):
         np.testing.assert_array_equal(a, b)
 
