@@ -297,6 +297,7 @@ def test_ctrl_c_of_the_command(ended_by, tmp_path):
     assert not list(tmp_path.glob(".compiling-*"))
 
 
+@pytest.mark.slow
 def test_local_devices(run_python, tmp_path):
     tiny = [
         "--config.model.num_layers=1",

@@ -63,6 +63,7 @@ def test_from_records_to_an_export(run_python, folder, tmp_path):
     assert written["decoder_start_token_id"] == written["pad_token_id"] is not None
 
 
+@pytest.mark.slow
 def test_a_target_that_is_too_long_is_one_line(run_python, folder, tmp_path):
     data = tmp_path / "long.jsonl"
     data.write_text(json.dumps({"source": "a", "target": "b" * 40}) + "\n")

@@ -77,7 +77,8 @@ def small_caches(monkeypatch):
     monkeypatch.setattr(batch_module, "SMALLEST_RINGS", (32, 32))
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_a_request_gets_the_same_in_any_schedule(engine, seed):
     """Random submissions and cancellations, of eight ways to draw, in four slots."""
     rng = np.random.default_rng(seed)

@@ -269,6 +269,7 @@ def test_under_vmap_of_a_pipeline():
         close(grad()(stages, xs), expected)
 
 
+@pytest.mark.slow
 def test_inside_checkpoint_and_scan():
     apply, params, _ = pure(UNGATED)
     x, valid = inputs()

@@ -72,8 +72,8 @@ def losses(run):
     return found
 
 
-# Shrunk, these are near another: Mixtral, and BERT of pairs.
-ALIKE = ("moe_tiny", "minilm_fortunes")
+# Shrunk, these are near another: Mixtral, BERT of pairs, T5.
+ALIKE = ("moe_tiny", "qwen3_moe_30b_a3b", "minilm_fortunes", "translate_t5")
 SHRUNK = [pytest.param(p, marks=pytest.mark.slow if p.stem in ALIKE else ()) for p in CONFIGS]
 
 

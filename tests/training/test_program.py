@@ -43,7 +43,12 @@ def gpt2_on_one_device():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+    "sizes",
+    [
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        {"data": 1, "fsdp": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ],
 )
 def test_every_mesh_gives_the_same_losses(sizes):
     """Over steps of the optimizer; the gradients of other models are in test_meshes.py."""
